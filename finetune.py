@@ -1,0 +1,24 @@
+"""Train a language model: `torchrun --nproc_per_node N finetune.py [flags]`, or without torchrun one process.
+
+All flags: `python finetune.py --help`, or docs/flags.md.
+"""
+
+import sys
+from pathlib import Path
+
+from megatron.config import parse_run, resolve_run, run_entry
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags, open the checkpoint they name, and run."""
+    typed, notes = parse_run(argv, prog="finetune.py", description="Train a language model.")
+    from megatron.checkpoint import open_checkpoint  # after the flags: --help needs no torch
+    from megatron.training import run
+
+    checkpoint = open_checkpoint(Path(typed["load"]), typed.get("load_iters")) if typed.get("load") else None
+    config = resolve_run(typed, checkpoint.model_config() if checkpoint else None)
+    run(config, checkpoint, notes)
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main, sys.argv[1:]))

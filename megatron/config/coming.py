@@ -1,0 +1,28 @@
+"""What the command line names but is not built yet: one row each, deleted when it is."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from megatron.config.families import FAMILIES
+
+if TYPE_CHECKING:
+    from megatron.config.run import RunConfig
+
+COMING: dict[str, Callable[["RunConfig"], object]] = {
+    "--pipeline_model_parallel_size above 1": lambda c: c.parallel.pipeline_model_parallel_size > 1,
+    "--num_layers_per_virtual_pipeline_stage": lambda c: c.parallel.num_layers_per_virtual_pipeline_stage,
+    "--data_type gpt (the default; pass --data_type instruction)": lambda c: c.data.data_type == "gpt",
+    "--rampup_batch_size": lambda c: c.training.rampup_batch_size,
+    "--metrics": lambda c: c.logging.metrics,
+    "a blend of several data paths": lambda c: any(len(paths or ()) > 1 for paths in _paths(c)),
+    "a --tokenizer_type other than SentencePieceTokenizer": lambda c: (
+        c.tokenizer.tokenizer_type not in (None, "SentencePieceTokenizer")
+    ),
+    f"a --model_name other than {', '.join(FAMILIES)}": lambda c: c.model.model_name not in FAMILIES,
+}
+"""What is not available yet -> whether a run asks for it."""
+
+
+def _paths(config: "RunConfig") -> list[tuple[str, ...] | None]:
+    data = config.data
+    return [data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path]

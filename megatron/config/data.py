@@ -1,0 +1,63 @@
+"""The tokenizer and the data."""
+
+from dataclasses import dataclass
+
+from megatron.config.errors import UsageError
+from megatron.config.option import option
+
+TOKENIZER_TYPES = (
+    *("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer", "SentencePieceTokenizer", "FalconTokenizer"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Tokenizer."""
+
+    tokenizer_type: str | None = option(None, "Kind of tokenizer.", choices=TOKENIZER_TYPES)
+    vocab_file: str | None = option(None, "The tokenizer's model or vocabulary file.")
+    merge_file: str | None = option(None, "Merges of a byte-pair vocabulary.")
+    vocab_extra_ids: int = option(0, "Add this many tokens <extra_id_0>, <extra_id_1>, ...")
+    vocab_extra_ids_list: str | None = option(None, "Add these tokens, comma separated.")
+    new_tokens: bool = option(True, "Add no special tokens but those of --vocab_extra_ids_list.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data."""
+
+    data_type: str = option("gpt", "Kind of data.", choices=("gpt", "instruction"))
+    data_path: tuple[str, ...] | None = option(None, "Prefix of the token files, without -text; divided by --split.")
+    split: str = option("969, 30, 1", "Shares of train, valid and test in --data_path.")
+    train_data_path: tuple[str, ...] | None = option(None, "Prefix of the training data.")
+    valid_data_path: tuple[str, ...] | None = option(None, "Prefix of the validation data.")
+    test_data_path: tuple[str, ...] | None = option(None, "Prefix of the test data.")
+    seq_length: int | None = option(
+        None, "Most tokens of a sequence; by default the checkpoint's, else --max_position_embeddings."
+    )
+    variable_seq_lengths: bool = option(False, "Make rows only as long as their micro batch needs.")
+    scalar_loss_mask: float = option(0.0, "Loss weight of tokens that are not the assistant's.")
+    packing: str = option("none", "How samples are laid into rows: none pads them.", choices=("none",))
+    num_workers: int = option(2, "0: read batches when they are needed; more: one thread reads ahead.")
+    mmap_warmup: bool = option(False, "Read the data files once from end to end at the start.")
+    data_impl: str = option(
+        "infer", "No effect: files are always memory-mapped.", choices=("lazy", "cached", "mmap", "infer")
+    )
+    dataloader_type: str | None = option(
+        None, "No effect: every epoch has a shuffle of its own.", choices=("single", "cyclic")
+    )
+    reset_position_ids: bool = option(False, "Restart positions at documents (--data_type gpt).")
+    reset_attention_mask: bool = option(False, "Keep attention within documents (--data_type gpt).")
+    eod_mask_loss: bool = option(False, "No loss on end-of-document tokens (--data_type gpt).")
+
+    def __post_init__(self) -> None:
+        separate = [name for name in ("train", "valid", "test") if getattr(self, f"{name}_data_path")]
+        if self.data_path and separate:
+            raise UsageError(
+                f"--data_path and --{separate[0]}_data_path exclude each other: "
+                "give one prefix and --split, or a prefix each"
+            )
+        if self.seq_length is not None and self.seq_length <= 0:
+            raise UsageError(f"--seq_length {self.seq_length} is not positive")
+        if self.scalar_loss_mask < 0:
+            raise UsageError(f"--scalar_loss_mask {self.scalar_loss_mask} is negative")

@@ -1,0 +1,35 @@
+"""How the work is spread over devices, and which kernels do it."""
+
+from dataclasses import dataclass
+
+from megatron.config.errors import UsageError
+from megatron.config.option import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Parallelism."""
+
+    tensor_model_parallel_size: int = option(1, "Ranks that share each layer.")
+    pipeline_model_parallel_size: int = option(1, "Groups of ranks that each hold some of the layers.")
+    num_layers_per_virtual_pipeline_stage: int | None = option(None, "Layers of a chunk of an interleaved pipeline.")
+    sequence_parallel: bool = option(False, "Divide the tokens, too, over tensor-parallel ranks between the products.")
+    distributed_backend: str = option("nccl", "On GPUs; without them it is gloo.", choices=("nccl", "gloo"))
+    use_distributed_optimizer: bool = option(
+        False, "No effect: optimizer state and master weights are always divided over data-parallel ranks."
+    )
+    full_sharding: bool = option(
+        False, "Gather weights layer by layer and free them after use (ZeRO-3): less memory, more traffic."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)} is not positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """Kernels."""
+
+    use_flash_attn: bool = option(False, "Use flash-attn where it is installed; the log names the kernel in use.")

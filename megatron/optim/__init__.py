@@ -1,0 +1,1 @@
+"""Optimization: gradients go in, new weights come out; learning rate, weight decay, loss scale, norms and clipping."""

@@ -1,0 +1,131 @@
+"""The grid of ranks: pipeline x data x tensor, tensor-parallel ranks next to each other.
+
+world of 8, --tensor_model_parallel_size 2:          tensor 0   tensor 1
+                                        data 0          0          1
+                                        data 1          2          3
+                                        data 2          4          5
+                                        data 3          6          7
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron.config import ModelConfig, ParallelConfig, UsageError
+from megatron.parallel.device import rank_device
+from megatron.parallel.plan import check_layout
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks in each direction; known before any process group exists."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+
+def plan_layout(world_size: int, parallel: ParallelConfig, model: ModelConfig) -> Layout:
+    """Divide `world_size` ranks.
+
+    Raises:
+        UsageError: a size does not divide, with what would.
+    """
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    check_layout(model, tensor, pipeline)
+    if world_size % (tensor * pipeline):
+        raise UsageError(
+            f"{world_size} processes cannot be divided by --tensor_model_parallel_size {tensor} x "
+            f"--pipeline_model_parallel_size {pipeline}; start a multiple of {tensor * pipeline} "
+            "(torchrun --nproc_per_node)"
+        )
+    return Layout(tensor, pipeline, world_size // (tensor * pipeline))
+
+
+def world_size_of(environment: Mapping[str, str]) -> int:
+    """Number of processes torchrun or Slurm started; 1 without them."""
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process' place in the grid.
+
+    Attributes:
+        ranks: the device mesh, dimensions ("pp", "dp", "tp").
+        device: where this rank computes.
+    """
+
+    ranks: DeviceMesh
+    device: torch.device
+
+    def size(self, dimension: str) -> int:
+        """Number of ranks along "pp", "dp" or "tp"."""
+        return self.ranks[dimension].size()
+
+    def rank(self, dimension: str) -> int:
+        """This rank's coordinate along "pp", "dp" or "tp"."""
+        return self.ranks[dimension].get_local_rank()
+
+    def group(self, dimension: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one along `dimension` only."""
+        return self.ranks.get_group(dimension)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return dist.get_rank() == 0
+
+    def sum(self, values: list[float], dimension: str | None = None) -> list[float]:
+        """Each value summed over the ranks of a dimension, or over all ranks."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.group(dimension) if dimension else None)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank."""
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """The values of every rank, in rank order."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(ranks, mine)
+        return [rank.tolist() for rank in ranks]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum([0.0])
+
+
+@contextmanager
+def open_mesh(layout: Layout, backend: str) -> Iterator[Mesh]:
+    """The grid of ranks, in the process group that is there, or in one made for it and left afterwards.
+
+    Without a launcher the group is a world of one. `backend` "nccl" becomes "gloo" where there is no GPU.
+    """
+    device = rank_device(int(os.environ.get("LOCAL_RANK", "0")))
+    joins = not dist.is_initialized()
+    if joins:
+        _join("gloo" if device.type == "cpu" else backend)
+    shape = (layout.pipeline, layout.data, layout.tensor)
+    try:
+        yield Mesh(init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp")), device)
+    finally:
+        if joins:
+            dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)

@@ -1,0 +1,105 @@
+"""The one description of sharding: how each parameter is split over the tensor-parallel ranks, and where layers live.
+
+| kind     | stored as                  | example                    |
+|----------|----------------------------|----------------------------|
+| `vocab`  | rows split over ranks      | embedding, lm_head         |
+| `column` | rows split (outputs)       | q, k, v, gate, up          |
+| `row`    | columns split (inputs)     | o, down                    |
+| `whole`  | on every rank              | norms                      |
+
+Parts are PyTorch's chunks: ceil(size / ranks) rows each, the last ones shorter. Only the vocabulary may be uneven.
+"""
+
+import re
+from dataclasses import dataclass
+
+from megatron.config import ModelConfig, UsageError
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a parameter is divided: along which dimension (None: on every rank), and whether parts may differ in size."""
+
+    kind: str
+    dim: int | None
+    even: bool = True
+
+
+VOCAB = Split("vocab", 0, even=False)
+COLUMN = Split("column", 0)
+ROW = Split("row", 1)
+WHOLE = Split("whole", None)
+
+PLAN = {
+    r"embedding\.weight": VOCAB,
+    r"layers\.\d+\.attention\.(q|k|v)\.weight": COLUMN,
+    r"layers\.\d+\.attention\.o\.weight": ROW,
+    r"layers\.\d+\.mlp\.(gate|up)\.weight": COLUMN,
+    r"layers\.\d+\.mlp\.down\.weight": ROW,
+    r"layers\.\d+\.(input_norm|mlp_norm)\.weight": WHOLE,
+    r"final_norm\.weight": WHOLE,
+    r"lm_head\.weight": VOCAB,
+}
+"""Parameter name -> split; every parameter of a model matches exactly one row."""
+
+
+def split_of(name: str, model: ModelConfig, tensor_size: int) -> Split:
+    """The split of parameter `name` over `tensor_size` ranks.
+
+    Key/value heads fewer than ranks cannot be divided: their weights are whole, and each rank computes with its head.
+    """
+    if re.fullmatch(r"layers\.\d+\.attention\.(k|v)\.weight", name) and key_value_heads(model) < tensor_size:
+        return WHOLE
+    matches = [split for pattern, split in PLAN.items() if re.fullmatch(pattern, name)]
+    assert len(matches) == 1, f"{name} matches {len(matches)} rows of the plan"
+    return matches[0]
+
+
+def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
+    """(start, length) of part `index` of `size` rows in `parts` parts, as `torch.chunk` and DTensor divide them."""
+    step = -(-size // parts)
+    start = min(index * step, size)
+    return start, min(start + step, size) - start
+
+
+def key_value_heads(model: ModelConfig) -> int:
+    """Number of key/value heads."""
+    assert model.num_attention_heads_kv is not None
+    return model.num_attention_heads_kv
+
+
+def stage_layers(num_layers: int, stages: int, stage: int) -> range:
+    """The global numbers of the layers that pipeline stage `stage` holds; earlier stages take the remainder."""
+    quotient, remainder = divmod(num_layers, stages)
+    start = stage * quotient + min(stage, remainder)
+    return range(start, start + quotient + (stage < remainder))
+
+
+def stage_of(name: str, num_layers: int, stages: int) -> int:
+    """The pipeline stage that holds parameter `name`: the embedding on the first, last norm and head on the last."""
+    layer = re.match(r"layers\.(\d+)\.", name)
+    if layer:
+        return next(s for s in range(stages) if int(layer[1]) in stage_layers(num_layers, stages, s))
+    return 0 if name.startswith("embedding.") else stages - 1
+
+
+def check_layout(model: ModelConfig, tensor_size: int, pipeline_size: int) -> None:
+    """Raise `UsageError` unless `model` divides over a layout of `tensor_size` x `pipeline_size`."""
+    assert model.num_layers and model.num_attention_heads and model.ffn_hidden_size
+    heads, kv_heads = model.num_attention_heads, key_value_heads(model)
+    flag = f"--tensor_model_parallel_size {tensor_size}"
+    if heads % tensor_size:
+        fits = [n for n in range(1, heads + 1) if heads % n == 0 and model.ffn_hidden_size % n == 0]
+        raise UsageError(f"{flag} does not divide the {heads} attention heads of {model.model_name}; use one of {fits}")
+    if kv_heads % tensor_size and tensor_size % kv_heads:
+        raise UsageError(
+            f"{flag} neither divides nor is a multiple of the {kv_heads} key/value heads of {model.model_name}; "
+            f"use a divisor or a multiple of {kv_heads} that divides {heads}"
+        )
+    if model.ffn_hidden_size % tensor_size:
+        raise UsageError(f"{flag} does not divide --ffn_hidden_size {model.ffn_hidden_size} of {model.model_name}")
+    if model.num_layers < pipeline_size:
+        raise UsageError(
+            f"--pipeline_model_parallel_size {pipeline_size} is more than the {model.num_layers} layers of "
+            f"{model.model_name}; use at most {model.num_layers}"
+        )

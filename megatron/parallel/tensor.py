@@ -1,0 +1,167 @@
+"""Tensor and sequence parallelism (Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022, arXiv:2205.05198).
+
+Two dual pairs of collectives carry everything; each is the other's backward:
+
+    without sequence parallelism     identity  <->  all-reduce
+    with it (x is [t / ranks, h])    gather    <->  reduce-scatter
+
+`column` opens a pair and `row` closes it, so between them activations are whole in t and divided in features.
+t tokens   h hidden   v vocabulary
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from megatron.model import Spread
+from megatron.parallel.plan import chunk
+
+# named *_tensor before torch 2.13
+all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+reduce_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
+
+
+class Duals:
+    """The pair of collectives that a group of tensor-parallel ranks uses, as plain functions without autograd.
+
+    They return before the collective is done; the first use of the result waits.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+
+    def open(self, x: Tensor) -> Tensor:
+        """What a column product reads: x whole in t."""
+        if not self.sequence_parallel:
+            return x
+        return all_gather(x.contiguous(), 0, self.group)
+
+    def close(self, x: Tensor) -> Tensor:
+        """The sum over ranks of partial x, this rank's tokens of it under sequence parallelism."""
+        if self.sequence_parallel:
+            return reduce_scatter(x.contiguous(), "sum", 0, self.group)
+        return collectives.all_reduce(x.contiguous(), "sum", self.group)
+
+
+class GatherLinear(torch.autograd.Function):
+    """Column products of one x: gathered once, and its gradient reduced while the weight gradients are computed."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, duals: Duals, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.duals = duals  # type: ignore[attr-defined]
+        whole = duals.open(x)
+        return tuple(F.linear(whole, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        whole = ctx.duals.open(x)
+        partial = gradients[0] @ weights[0]
+        for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+            partial.addmm_(gradient, weight)
+        x_gradient = ctx.duals.close(partial)
+        weight_gradients = [gradient.t() @ whole for gradient in gradients]
+        return None, x_gradient, *weight_gradients
+
+
+class Close(torch.autograd.Function):
+    """Sum of partial results over ranks; backward: every rank gets the gradient of all tokens."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, duals: Duals, x: Tensor) -> Tensor:
+        ctx.duals = duals  # type: ignore[attr-defined]
+        return duals.close(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return None, ctx.duals.open(gradient)
+
+
+class VocabularyCrossEntropy(torch.autograd.Function):
+    """Cross entropy of logits [t, v / ranks], in fp32, without ever gathering the vocabulary."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor, start: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dtype = logits.dtype  # type: ignore[attr-defined]
+        largest = collectives.all_reduce(logits.amax(-1).float(), "max", group)
+        shifted = logits.float() - largest[:, None]
+        columns, mine = _own_rows(labels, start, logits.shape[1])
+        target = shifted.gather(1, columns[:, None])[:, 0] * mine
+        exponentials = shifted.exp_()
+        total, target = collectives.all_reduce(torch.stack([exponentials.sum(-1), target]), "sum", group)
+        ctx.save_for_backward(exponentials.div_(total[:, None]), columns, mine)
+        return total.log() - target
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        probabilities, columns, mine = ctx.saved_tensors
+        logits_gradient = probabilities.clone()
+        logits_gradient.scatter_add_(1, columns[:, None], -mine[:, None].float())
+        return logits_gradient.mul_(gradient[:, None]).to(ctx.dtype), None, None, None
+
+
+def _own_rows(ids: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Which ids fall on this rank's rows [start, start + size): their local numbers (0 elsewhere), and the mask."""
+    local = ids - start
+    mine = (local >= 0) & (local < size)
+    return local * mine, mine
+
+
+class TensorSpread(Spread):
+    """The products of the model on one of several tensor-parallel ranks; weights are this rank's parts."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, *, sequence_parallel: bool, vocab_size: int, key_value_heads: int
+    ) -> None:
+        self.duals = Duals(group, sequence_parallel)
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.vocab_start, _ = chunk(vocab_size, self.size, self.rank)
+        self.key_value_heads = key_value_heads
+
+    def column(self, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return GatherLinear.apply(self.duals, x, *weights)
+
+    def row(self, x: Tensor, weight: Tensor) -> Tensor:
+        return Close.apply(self.duals, F.linear(x, weight))
+
+    def key_value(self, weight: Tensor) -> Tensor:
+        """The head this rank's query heads attend to, where heads are fewer than ranks and the weight is kept whole."""
+        if self.key_value_heads >= self.size:
+            return weight
+        return weight.chunk(self.key_value_heads)[self.rank * self.key_value_heads // self.size]
+
+    def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        rows, mine = _own_rows(tokens, self.vocab_start, weight.shape[0])
+        return Close.apply(self.duals, F.embedding(rows, weight) * mine[:, None])
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return VocabularyCrossEntropy.apply(logits, labels, self.vocab_start, self.group)
+
+    def hidden_randomness(self) -> AbstractContextManager[None]:
+        return self.head_randomness() if self.duals.sequence_parallel else nullcontext()
+
+    def head_randomness(self) -> AbstractContextManager[None]:
+        return own_randomness(self.rank)
+
+
+@contextmanager
+def own_randomness(rank: int) -> Iterator[None]:
+    """A random state of this rank's own, grown from the one it shares with its group.
+
+    The shared state moves on by one draw, on every rank alike, so recomputation restores both by restoring it.
+    """
+    seed = int(torch.randint(2**62, ())) + rank
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,51 @@
+"""What every tokenizer can do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: number of ids, added tokens included.
+        special_tokens: special string -> id, in the order of registration.
+        bos_id: beginning of a sequence, if there is one; likewise `eos_id`.
+        pad_id: what fills unused positions.
+        eod_id: end of a document.
+        fingerprint: hexadecimal sha256 of all pieces and special tokens.
+    """
+
+    vocab_size: int
+    special_tokens: dict[str, int]
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    eod_id: int | None
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; special strings in it become their ids."""
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of `text`; special strings in it are ordinary text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+
+    def encode_arrays(self, texts: Sequence[str], *, special: bool = True) -> list[Array]:
+        """Ids of each text, int32, the fastest way; without `special`, special strings are ordinary text."""
+
+    def special_strings_in(self, text: str) -> list[str]:
+        """The special strings that `encode` would find in `text`, in order."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special ids become their strings."""
+
+    def save(self, folder: Path) -> None:
+        """Write everything that `load_tokenizer` needs into `folder`."""

@@ -1,0 +1,201 @@
+"""From a configuration to a run: everything it is made of, built in one readable order."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from megatron.checkpoint import Checkpoint
+from megatron.config import RunConfig, UsageError
+from megatron.data import DataSplit, DataSplits, InstructionBatches, RowOptions, build_instruction_splits
+from megatron.optim.groups import build_optimizer
+from megatron.optim.loss_scale import build_loss_scale
+from megatron.optim.schedule import ParameterSchedule
+from megatron.parallel.build import ParallelModel, build_model
+from megatron.parallel.device import synchronize
+from megatron.parallel.engine import Engine
+from megatron.parallel.mesh import Layout, Mesh, open_mesh, plan_layout, world_size_of
+from megatron.tokenizer import Tokenizer, build_tokenizer
+from megatron.training.evaluate import Evaluator
+from megatron.training.log import main_rank_writer
+from megatron.training.persistence import Saver, fill_model, resume
+from megatron.training.state import Progress, TrainingState
+from megatron.training.stop import StopOnSignal, build_stops
+from megatron.training.timers import Timers
+from megatron.training.trackers import Trackers, build_trackers
+from megatron.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a run works in: what was asked for, the ranks, the data, and where to speak."""
+
+    config: RunConfig
+    checkpoint: Checkpoint | None
+    mesh: Mesh
+    tokenizer: Tokenizer
+    splits: DataSplits
+    global_batch_size: int
+    vocab_size: int
+    say: Callable[[str], None]
+    trackers: Trackers
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on where a training checkpoint stopped."""
+        return bool(self.checkpoint and self.checkpoint.iteration and not self.config.checkpoint.finetune)
+
+
+def run(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str] = ()) -> None:
+    """Train, or with `--eval_only` evaluate, as `config` says.
+
+    Args:
+        config: what was asked for.
+        checkpoint: what `--load` names.
+        notes: lines for the user, said once.
+
+    Raises:
+        UsageError: the options do not fit the number of processes, the data or the checkpoint.
+    """
+    layout = plan_layout(world_size_of(os.environ), config.parallel, config.model)
+    global_batch_size = _global_batch_size(config, layout)
+    tokenizer, splits = build_tokenizer(config.tokenizer), build_instruction_splits(config.data)
+    if not config.training.eval_only:
+        splits.require("train")
+    with ExitStack() as stack:
+        mesh = stack.enter_context(open_mesh(layout, config.parallel.distributed_backend))
+        say = main_rank_writer(mesh.is_main)
+        for note in [*notes, *(checkpoint.warnings if checkpoint else ())]:
+            say(note)
+        trackers = build_trackers(config.logging, say, config.to_dict()) if mesh.is_main else Trackers([])
+        stack.callback(trackers.close)
+        setting = Setting(
+            config=config,
+            checkpoint=checkpoint,
+            mesh=mesh,
+            tokenizer=tokenizer,
+            splits=splits,
+            global_batch_size=global_batch_size,
+            vocab_size=max(tokenizer.vocab_size, checkpoint.vocab_size if checkpoint else 0),
+            say=say,
+            trackers=trackers,
+        )
+        on_signal = stack.enter_context(StopOnSignal()) if config.training.exit_signal_handler else None
+        _run(setting, on_signal)
+
+
+def _run(setting: Setting, on_signal: StopOnSignal | None) -> None:
+    config, checkpoint = setting.config, setting.checkpoint
+    model = build_model(config, setting.vocab_size, setting.mesh)
+    fill_model(model, config, checkpoint, setting.vocab_size, setting.mesh, setting.say)
+    setting.say(_description(setting, model))
+    training = config.training
+    engine = Engine(model, setting.mesh, seed=training.seed, per_token=training.calculate_per_token_loss)
+    evaluator = _evaluator(setting, engine)
+    if training.eval_only:
+        evaluator.evaluate_all(Progress(checkpoint.iteration if checkpoint else 0))
+        return
+    trainer = _trainer(setting, model, engine, evaluator, on_signal)
+    trainer.train()
+    evaluator.evaluate_all(trainer.state.progress)
+
+
+def _global_batch_size(config: RunConfig, layout: Layout) -> int:
+    """`--global_batch_size`, by default one micro batch a data-parallel rank."""
+    micro = config.training.micro_batch_size
+    assert micro
+    total = config.training.global_batch_size or micro * layout.data
+    if total % (micro * layout.data):
+        raise UsageError(
+            f"--global_batch_size {total} is not a multiple of --micro_batch_size {micro} x {layout.data} "
+            f"data-parallel ranks = {micro * layout.data}"
+        )
+    return total
+
+
+def _batches(setting: Setting, split: DataSplit, *, shuffled: bool) -> InstructionBatches:
+    data, training, mesh = setting.config.data, setting.config.training, setting.mesh
+    assert data.seq_length and training.micro_batch_size
+    return InstructionBatches(
+        dataset=split.dataset,
+        indices=split.indices,
+        rows=RowOptions(
+            micro_batch_size=training.micro_batch_size,
+            seq_length=data.seq_length,
+            variable_seq_lengths=data.variable_seq_lengths,
+            scalar_loss_mask=data.scalar_loss_mask,
+            pad_id=setting.tokenizer.pad_id or 0,
+            row_multiple=mesh.size("tp"),
+        ),
+        packing=data.packing,
+        data_parallel_rank=mesh.rank("dp"),
+        data_parallel_size=mesh.size("dp"),
+        seed=training.seed,
+        shuffled=shuffled,
+        prefetching=shuffled and data.num_workers > 0,
+    )
+
+
+def _evaluator(setting: Setting, engine: Engine) -> Evaluator:
+    evaluated = {"validation": setting.splits.valid, "test": setting.splits.test}
+    return Evaluator(
+        engine=engine,
+        batches={name: _batches(setting, split, shuffled=False) for name, split in evaluated.items() if split},
+        eval_iters=setting.config.training.eval_iters,
+        global_batch_size=setting.global_batch_size,
+        logging=setting.config.logging,
+        trackers=setting.trackers,
+        say=setting.say,
+    )
+
+
+def _trainer(
+    setting: Setting, model: ParallelModel, engine: Engine, evaluator: Evaluator, on_signal: StopOnSignal | None
+) -> Trainer:
+    config, mesh, say, batch_size = setting.config, setting.mesh, setting.say, setting.global_batch_size
+    training = config.training
+    state = TrainingState(
+        model,
+        build_optimizer(model.module, config.optimizer),
+        ParameterSchedule(config.optimizer, config.schedule, training, batch_size),
+        build_loss_scale(config.precision),
+    )
+    if setting.resumes:
+        assert setting.checkpoint
+        resume(state, setting.checkpoint, config, say)
+        say(f"going on from iteration {state.progress.iteration}, {state.progress.consumed_samples} consumed samples")
+    return Trainer(
+        config=config,
+        mesh=mesh,
+        state=state,
+        engine=engine,
+        batches=_batches(setting, setting.splits.require("train"), shuffled=True),
+        evaluator=evaluator,
+        global_batch_size=batch_size,
+        train_iters=training.train_iters or (training.train_samples or 0) // batch_size,
+        stops=build_stops(training, on_signal),
+        save=Saver(config, mesh, setting.tokenizer, setting.vocab_size, say),
+        say=say,
+        trackers=setting.trackers,
+        timers=Timers(config.logging, synchronize=partial(synchronize, mesh.device)),
+    )
+
+
+def _description(setting: Setting, model: ParallelModel) -> str:
+    """What will run, in a few lines."""
+    mesh, splits = setting.mesh, setting.splits
+    parameters = sum(torch.Size(part.shape).numel() for part in model.parts)
+    counts = {"train": splits.train, "validation": splits.valid, "test": splits.test}
+    rows = ", ".join(f"{len(split.indices) if split else 0:,} {name}" for name, split in counts.items())
+    return "\n".join(
+        [
+            f"{setting.config.model.model_name}: {parameters:,} parameters, vocabulary {setting.vocab_size:,}, "
+            f"{str(model.compute_dtype).removeprefix('torch.')}, {model.kernel}",
+            f"{mesh.ranks.size()} ranks on {mesh.device.type}: {mesh.size('tp')} tensor x {mesh.size('pp')} pipeline x "
+            f"{mesh.size('dp')} data; global batch {setting.global_batch_size} samples",
+            f"rows: {rows}",
+        ]
+    )

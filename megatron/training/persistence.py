@@ -1,0 +1,152 @@
+"""A run's state as checkpoint slices, and back: weights and optimizer state by parameter, each rank its own part."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint import Checkpoint, Slice, TensorStore, grown, save_checkpoint
+from megatron.config import RunConfig
+from megatron.model.initialization import initial_weight
+from megatron.parallel.build import ParallelModel, Part, local_tensor
+from megatron.parallel.mesh import Mesh
+from megatron.tokenizer import Tokenizer
+from megatron.training.state import Progress, TrainingState
+
+Say = Callable[[str], None]
+VOCABULARY = ("embedding.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Writes checkpoints of a run to `--save`; every rank calls it together."""
+
+    config: RunConfig
+    mesh: Mesh
+    tokenizer: Tokenizer
+    vocab_size: int
+    say: Say
+
+    def __call__(self, state: TrainingState) -> None:
+        """Write the checkpoint of the present iteration."""
+        options, progress = self.config.checkpoint, state.progress
+        assert options.save
+        folder = save_checkpoint(
+            Path(options.save),
+            progress.iteration,
+            self._description(state),
+            model_slices(state.model),
+            optimizer_slices(state.model, state.optimizer) if options.save_optim else None,
+            self.tokenizer,
+            rank=torch.distributed.get_rank(),
+            is_main=self.mesh.is_main,
+            barrier=self.mesh.barrier,
+        )
+        self.say(f"saved checkpoint of iteration {progress.iteration} to {folder}")
+
+    def _description(self, state: TrainingState) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "iteration": state.progress.iteration,
+            "consumed_samples": state.progress.consumed_samples,
+            "vocab_size": self.vocab_size,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "optimizer_steps": optimizer_steps(state.optimizer),
+            "schedule": state.schedule.to_dict(),
+            "loss_scale": state.loss_scale.state_dict(),
+            "versions": {name: version(name) for name in ("megatron-llm", "torch")},
+        }
+
+
+def fill_model(
+    model: ParallelModel, config: RunConfig, checkpoint: Checkpoint | None, vocab_size: int, mesh: Mesh, say: Say
+) -> None:
+    """Give the model its weights: initial ones, or the checkpoint's, grown where the tokenizer's vocabulary is larger."""
+    if checkpoint is None:
+        own = mesh.rank("dp") if config.training.data_parallel_random_init else 0
+        seed = config.training.seed + own
+        model.fill(lambda name, shape, ranges: initial_weight(name, shape, config.model, seed)[ranges])
+        return
+    weights = checkpoint.weights
+    if vocab_size > checkpoint.vocab_size:
+        weights = grown(weights, [name for name in VOCABULARY if name in weights.names()], vocab_size)
+        say(
+            f"the tokenizer has {vocab_size} tokens, the checkpoint {checkpoint.vocab_size}: "
+            f"{vocab_size - checkpoint.vocab_size} new rows, each the mean of the old ones"
+        )
+    model.fill(reader(weights))
+
+
+def resume(state: TrainingState, checkpoint: Checkpoint, config: RunConfig, say: Say) -> None:
+    """Go on from a training checkpoint: progress, schedule, and with `load_optim` the optimizer and loss scale.
+
+    Raises:
+        UsageError: the schedule contradicts the checkpoint's.
+    """
+    options, stored = config.schedule, checkpoint.run
+    state.progress = Progress(checkpoint.iteration, stored["consumed_samples"], saved_iteration=None)
+    state.schedule = state.schedule.merged_with(
+        stored["schedule"], options.override_opt_param_scheduler, options.use_checkpoint_opt_param_scheduler
+    )
+    if not config.checkpoint.load_optim:
+        return
+    if checkpoint.optimizer is None:
+        say(f"{checkpoint.folder} has no optimizer state: the optimizer starts anew")
+        return
+    load_optimizer(state.model, state.optimizer, checkpoint.optimizer, stored["optimizer_steps"])
+    state.loss_scale.load_state_dict(stored["loss_scale"])
+
+
+def model_slices(model: ParallelModel) -> Iterator[Slice]:
+    """The weights this rank writes."""
+    for part in _written(model.parts):
+        yield _slice(part.name, part, part.local)
+
+
+def optimizer_slices(model: ParallelModel, optimizer: torch.optim.Optimizer) -> Iterator[Slice]:
+    """The optimizer state this rank writes: `exp_avg.NAME`, `exp_avg_sq.NAME` or `momentum_buffer.NAME`."""
+    for part in _written(model.parts):
+        for key, value in optimizer.state.get(part.parameter, {}).items():
+            if isinstance(value, Tensor) and value.ndim:
+                yield _slice(f"{key}.{part.name}", part, local_tensor(value))
+
+
+def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
+    """How many steps Adam's bias correction has counted; 0 for an optimizer without one."""
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+
+
+@torch.no_grad()
+def load_optimizer(model: ParallelModel, optimizer: torch.optim.Optimizer, stored: TensorStore, steps: int) -> None:
+    """Fill the optimizer's state from a checkpoint of any layout."""
+    keys = sorted({name.partition(".")[0] for name in stored.names()})
+    for part in model.parts:
+        state: dict[str, Any] = {key: torch.zeros_like(part.parameter) for key in keys}
+        for key, value in state.items():
+            local_tensor(value).copy_(stored.read(f"{key}.{part.name}", part.ranges))
+        if "exp_avg" in state:
+            state["step"] = torch.tensor(float(steps), device=part.local.device)
+        optimizer.state[part.parameter] = state
+
+
+def reader(stored: TensorStore) -> Callable[[str, tuple[int, ...], tuple[slice, ...]], Tensor]:
+    """`ParallelModel.fill`'s way to read `stored`."""
+
+    def read(name: str, shape: tuple[int, ...], ranges: tuple[slice, ...]) -> Tensor:
+        if tuple(stored.shape(name)) != shape:
+            raise ValueError(f"{name} is {list(stored.shape(name))} in the checkpoint, but the model has {list(shape)}")
+        return stored.read(name, ranges)
+
+    return read
+
+
+def _written(parts: Sequence[Part]) -> Iterator[Part]:
+    return (part for part in parts if part.is_primary and part.local.numel())
+
+
+def _slice(name: str, part: Part, tensor: Tensor) -> Slice:
+    return Slice(name, part.shape, tuple(r.start for r in part.ranges), tensor)

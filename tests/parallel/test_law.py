@@ -1,0 +1,135 @@
+"""The law: training on any layout equals training on one device, in loss, every gradient, gradient norm and weights."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from plain import VOCAB_SIZE, RandomRows, tiny_config, train_plainly
+from torch import Tensor
+from worlds import World
+
+from megatron.config import RunConfig
+from megatron.data import InstructionBatches, RowOptions
+from megatron.model.initialization import initial_weight
+from megatron.optim.gradients import clip, gradient_norm
+from megatron.optim.groups import build_optimizer, set_hyperparameters
+from megatron.parallel.build import build_model, local_tensor
+from megatron.parallel.engine import Engine
+from megatron.parallel.mesh import Mesh, open_mesh, plan_layout
+
+STEPS = 3
+TOLERANCE = 1e-5
+TP2 = {"tensor_model_parallel_size": 2}
+TP4 = {"tensor_model_parallel_size": 4}
+SP = {"sequence_parallel": True}
+SELECTIVE = {"recompute_granularity": "selective"}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
+TIED = {"tie_embed_logits": True}
+
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (1, {"micro_batch_size": 8}),
+    (1, {"micro_batch_size": 1}),
+    (1, SELECTIVE),
+    (1, FULL),
+    (1, {**FULL, "recompute_method": "block"}),
+    (1, {**FULL, "recompute_num_layers": 2}),
+    (1, TIED),
+    (1, {"fp32_residual_connection": True, "variable_seq_lengths": False}),
+    (2, {}),
+    (2, {"full_sharding": True}),
+    (2, {"full_sharding": True, **FULL}),
+    (2, TP2),
+    (2, {**TP2, **SP}),
+    (2, {**TP2, **SP, "micro_batch_size": 1}),
+    (2, {**TP2, **SP, **SELECTIVE}),
+    (2, {**TP2, **FULL}),
+    (2, {**TP2, **SP, **TIED}),
+    (4, TP4),
+    (4, {**TP4, **SP}),
+    (4, TP2),
+    (4, {**TP2, **SP}),
+    (4, {**TP2, **SP, **SELECTIVE, "full_sharding": True}),
+    (4, {**TP2, **SP, **FULL, **TIED}),
+]
+
+
+def train_on_mesh(flags: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """On each rank: loss and gradient norm of each step, and this rank's parts of gradients and weights."""
+    config = tiny_config(**flags)
+    with open_mesh(plan_layout(dist.get_world_size(), config.parallel, config.model), "gloo") as mesh:
+        model = build_model(config, VOCAB_SIZE, mesh)
+        seed = config.training.seed
+        model.fill(lambda name, shape, ranges: initial_weight(name, shape, config.model, seed)[ranges])
+        batches = random_batches(config, mesh)
+        engine, optimizer = Engine(model, mesh, seed=seed), build_optimizer(model.module, config.optimizer)
+        set_hyperparameters(optimizer, config.schedule.lr, config.optimizer.weight_decay)
+        size, reports = config.training.global_batch_size, []
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss = engine.forward_backward(batches.batch(step * size, size).micro_batches, step * size)
+            gradients = [(p.name, p.shape, p.ranges, numpy(local_tensor(p.parameter.grad))) for p in model.parts]
+            norm = gradient_norm(model.parts, mesh)
+            clip(model.parts, norm, config.optimizer.clip_grad)
+            optimizer.step()
+            weights = [(p.name, p.shape, p.ranges, numpy(p.local)) for p in model.parts]
+            reports.append({"loss": loss.mean, "norm": norm, "gradients": gradients, "weights": weights})
+        return reports
+
+
+def numpy(tensor: Tensor) -> Any:
+    """A copy that crosses between processes as plain bytes."""
+    return tensor.detach().clone().numpy()
+
+
+def random_batches(config: RunConfig, mesh: Mesh) -> InstructionBatches:
+    """This rank's share of random rows."""
+    rows = RandomRows()
+    return InstructionBatches(
+        dataset=rows,
+        indices=torch.arange(len(rows)).numpy(),
+        rows=RowOptions(
+            micro_batch_size=config.training.micro_batch_size,
+            seq_length=config.data.seq_length,
+            variable_seq_lengths=config.data.variable_seq_lengths,
+            scalar_loss_mask=config.data.scalar_loss_mask,
+            row_multiple=mesh.size("tp"),
+        ),
+        data_parallel_rank=mesh.rank("dp"),
+        data_parallel_size=mesh.size("dp"),
+        seed=config.training.seed,
+    )
+
+
+def assembled(ranks: list[list[Any]]) -> dict[str, Tensor]:
+    """Whole tensors from the parts of all ranks; where ranks hold the same part they must agree."""
+    whole: dict[str, Tensor] = {}
+    for parts in ranks:
+        for name, shape, ranges, tensor in parts:
+            tensor, target = torch.as_tensor(tensor), whole.setdefault(name, torch.full(shape, torch.nan))[ranges]
+            known = ~target.isnan()
+            torch.testing.assert_close(tensor[known], target[known], rtol=1e-5, atol=1e-7)
+            target.copy_(tensor)
+    return whole
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    """Every tensor equal, relative to its largest element."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        scale = tensor.abs().max()
+        difference = float((found[name] - tensor).abs().max() / scale)
+        assert difference <= TOLERANCE, f"{what} of {name} differs by {difference:.1e} of its largest element"
+
+
+@pytest.mark.parametrize(("size", "flags"), LAYOUTS, ids=lambda value: str(value))
+def test_any_layout_equals_one_device(world: World, size: int, flags: dict[str, Any]) -> None:
+    expected = train_plainly(flags, STEPS)
+    ranks = world(size, train_on_mesh, flags, STEPS)
+    for step, report in enumerate(expected):
+        for rank in ranks:
+            assert rank[step]["loss"] == pytest.approx(report["loss"], rel=TOLERANCE)
+            assert rank[step]["norm"] == pytest.approx(report["norm"], rel=TOLERANCE)
+        for what in ("gradients", "weights"):
+            assert_equal(assembled([rank[step][what] for rank in ranks]), report[what], f"{what} of step {step}")
