@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     from megatron.training import run
 
     checkpoint = open_checkpoint(Path(typed["load"]), typed.get("load_iters")) if typed.get("load") else None
-    config = resolve_run(typed, checkpoint.model_config() if checkpoint else None)
+    config = resolve_run(typed, checkpoint.stored_options() if checkpoint else None)
     run(config, checkpoint, notes)
 
 

@@ -29,7 +29,7 @@ class PreprocessOptions:
     )
     skip_bad_lines: bool = option(False, "Leave bad lines out and list them, instead of stopping at the first.")
     workers: int | None = option(None, "Worker processes; by default, one a processor core.")
-    chunk_size: int = option(128, "Lines that a worker takes at a time.")
+    chunk_size: int = option(32, "Lines that a worker takes at a time; more where lines are short.")
     log_interval: int = option(10_000, "Rows between two progress lines where there is no progress bar.")
     dataset_impl: str = option("mmap", "Accepted, no effect: there is one format.", choices=("lazy", "cached", "mmap"))
     reference_doc_idx: bool = option(False, "Write doc_idx as Megatron-LLM did, for files of the same bytes.")

@@ -31,6 +31,7 @@ def parse_flags(
         description=description,
         epilog=epilog,
         allow_abbrev=False,
+        usage="%(prog)s [flags]" if len(groups) > 1 else None,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
     )
     for group in groups:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from megatron.data.indexed import IndexedWriter, publish_datasets, token_dtype
@@ -18,6 +17,8 @@ from megatron.data.rows import ROLE_DTYPE, Chunk, EncodedChunk, RowEncoder
 from megatron.tokenizer.chat import Role
 
 MOST_LISTED = 1000
+SMALLEST_CHUNK = 1 << 18
+"""Bytes; handing over less than this costs more than a twentieth of the work on it."""
 
 
 @dataclass(kw_only=True)
@@ -51,8 +52,8 @@ class Summary:
         path = encoded.chunk.path
         self.rows += len(encoded.sizes)
         self.tokens += len(encoded.tokens)
-        counts = np.bincount(encoded.roles, minlength=len(Role))
-        self.tokens_per_role = [total + int(count) for total, count in zip(self.tokens_per_role, counts, strict=True)]
+        counts = encoded.tokens_per_role.tolist()
+        self.tokens_per_role = [total + count for total, count in zip(self.tokens_per_role, counts, strict=True)]
         self.longest = max(self.longest, int(encoded.sizes.max(initial=0)))
         self.skipped += len(encoded.bad_lines)
         room = MOST_LISTED - len(self.bad_lines)
@@ -82,13 +83,17 @@ class Summary:
 
 
 def chunks_of(path: Path, lines: int) -> Iterator[Chunk]:
-    """The file in chunks of `lines` lines."""
+    """The file in chunks of `lines` lines, or of a multiple of it where that is less than `SMALLEST_CHUNK` bytes."""
     number, start = 1, 0
+    count, stop = 0, 0
     with path.open("rb") as file:
         while block := list(islice(file, lines)):
-            stop = start + sum(map(len, block))
-            yield Chunk(str(path), number, start, stop)
-            number, start = number + len(block), stop
+            count, stop = count + len(block), stop + sum(map(len, block))
+            if stop - start >= SMALLEST_CHUNK:
+                yield Chunk(str(path), number, start, stop)
+                number, start, count = number + count, stop, 0
+    if count:
+        yield Chunk(str(path), number, start, stop)
 
 
 def preprocess(
@@ -105,7 +110,7 @@ def preprocess(
 ) -> Summary:
     """Encode the rows of `inputs`, in order, into `OUTPUT_PREFIX-text` and `OUTPUT_PREFIX-role`.
 
-    Workers take `chunk_size` lines at a time; the output does not depend on either number. It appears when all of it is
+    Workers take `chunk_size` lines at a time (more where they are short); the output does not depend on either number. It appears when all of it is
     written, replacing what was there; nothing is left behind on an error or interrupt.
 
     Raises:

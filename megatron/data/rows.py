@@ -64,6 +64,7 @@ class EncodedChunk:
         tokens: ids of all rows back to back, in the element type of the token file.
         roles: role of each token, uint16.
         sizes: tokens of each row, int32.
+        tokens_per_role: int64 [3].
         bad_lines: (line number, what is wrong).
         forgeable: numbers of the lines whose own text has message markers or end tokens that became special tokens.
     """
@@ -72,6 +73,7 @@ class EncodedChunk:
     tokens: Array
     roles: Array
     sizes: Array
+    tokens_per_role: Array
     bad_lines: list[tuple[int, str]]
     forgeable: list[int]
 
@@ -99,29 +101,43 @@ class RowEncoder:
         messages: list[tuple[Role, str]] = []
         messages_of_rows: list[int] = []
         bad_lines: list[tuple[int, str]] = []
-        forgeable: list[int] = []
+        numbers: list[int] = []
         for number, line in enumerate(_lines(chunk), chunk.first_line):
             try:
                 row = self.messages(line)
             except RowError as error:
                 bad_lines.append((number, str(error)))
                 continue
-            if self._format.special_in_text == "keep" and any(self._forging.search(text) for _, text in row):
-                forgeable.append(number)
             messages += row
             messages_of_rows.append(len(row))
+            numbers.append(number)
         arrays = self._encode_messages(messages)
         sizes = np.fromiter(map(len, arrays), np.int32, len(arrays))
         roles = np.fromiter((role for role, _ in messages), ROLE_DTYPE, len(messages))
-        row_starts = np.cumsum([0, *messages_of_rows])[:-1]
+        bounds = np.cumsum([0, *messages_of_rows])
         return EncodedChunk(
             chunk,
             np.concatenate(arrays).astype(self._dtype) if arrays else np.empty(0, self._dtype),
             np.repeat(roles, sizes),
-            np.add.reduceat(sizes, row_starts, dtype=np.int32) if arrays else np.empty(0, np.int32),
+            np.add.reduceat(sizes, bounds[:-1], dtype=np.int32) if arrays else np.empty(0, np.int32),
+            np.bincount(roles, weights=sizes, minlength=len(Role)).astype(np.int64),
             bad_lines,
-            forgeable,
+            self._forgeable(messages, bounds, numbers),
         )
+
+    def _forgeable(self, messages: Sequence[tuple[Role, str]], bounds: Array, numbers: Sequence[int]) -> list[int]:
+        """Line numbers of rows whose own text becomes control tokens; `bounds` says which messages a row has."""
+        if self._format.special_in_text != "keep":
+            return []
+        texts = [text for _, text in messages]
+        if not self._forging.search("\n".join(texts)):
+            return []
+        found = np.array([bool(self._forging.search(text)) for text in texts])
+        return [
+            number
+            for number, start, end in zip(numbers, bounds[:-1], bounds[1:], strict=True)
+            if found[start:end].any()
+        ]
 
     def messages(self, line: bytes) -> list[tuple[Role, str]]:
         """The messages of one line.

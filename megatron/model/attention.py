@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +72,9 @@ def _torch_varlen() -> Attend:
         if dropout:
             return attend_by_document(q, k, v, documents, dropout)
         bounds, longest = documents.cu_seqlens, documents.max_seqlen
-        options = {"enable_gqa": q.shape[1] != k.shape[1]} if accepts_grouping else {}
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
+        options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if accepts_grouping else {}
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
+        return cast(Tensor, out)
 
     return attend
 

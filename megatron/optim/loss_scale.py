@@ -57,7 +57,7 @@ class DynamicLossScale:
     The count of non-finite steps is forgiven only when the scale grows, so once it is used up every further one halves.
     """
 
-    def __init__(self, initial: float, minimum: float, window: int, hysteresis: int) -> None:
+    def __init__(self, initial: float, minimum: float, window: float, hysteresis: int) -> None:
         self._scale = initial
         self._minimum = minimum
         self._window = window
@@ -104,6 +104,6 @@ def build_loss_scale(precision: PrecisionConfig) -> LossScale:
     return DynamicLossScale(
         float(precision.initial_loss_scale),
         precision.min_loss_scale,
-        precision.loss_scale_window,
+        int(precision.loss_scale_window),
         precision.hysteresis,
     )

@@ -46,7 +46,7 @@ class ParameterSchedule:
     """The learning rate and weight decay of a run, with Megatron's rules.
 
     `global_batch_size` is the full one: with a batch size ramp-up, iterations still count that many samples.
-    Raises `UsageError` for missing or contradicting options.
+    Raises `UsageError` for lengths or values that contradict each other.
     """
 
     def __init__(
@@ -84,10 +84,6 @@ class ParameterSchedule:
         (--use_checkpoint_opt_param_scheduler) takes the stored one. With neither they must be the same: `UsageError`
         names the flag and shows both values.
         """
-        if override and use_checkpoint:
-            raise UsageError(
-                "--override_opt_param_scheduler and --use_checkpoint_opt_param_scheduler exclude each other; give one"
-            )
         if override:
             return self
         names = {field.name for field in fields(ScheduleValues)}
@@ -113,8 +109,7 @@ def _resolve(
     optimizer: OptimizerConfig, schedule: ScheduleConfig, training: TrainingConfig, global_batch_size: int
 ) -> ScheduleValues:
     """Flags to samples; raises `UsageError`."""
-    if schedule.lr is None:
-        raise UsageError("training needs a learning rate: give --lr")
+    assert schedule.lr is not None
     train_samples = _train_samples(training, global_batch_size)
     decay_samples = _decay_samples(schedule, training, global_batch_size)
     warmup_samples = _warmup_samples(schedule, training, global_batch_size, decay_samples)
@@ -143,8 +138,7 @@ def _train_samples(training: TrainingConfig, global_batch_size: int) -> int:
     """How many samples the whole run consumes."""
     if training.train_samples is not None:
         return training.train_samples
-    if training.train_iters is None:
-        raise UsageError("training needs a length: give --train_iters or --train_samples")
+    assert training.train_iters is not None
     return training.train_iters * global_batch_size
 
 
@@ -162,13 +156,7 @@ def _warmup_samples(
 ) -> float:
     """For how many samples the learning rate rises."""
     if schedule.lr_warmup_fraction is not None:
-        if schedule.lr_warmup_iters or schedule.lr_warmup_samples:
-            raise UsageError(
-                "--lr_warmup_fraction excludes --lr_warmup_iters and --lr_warmup_samples; give one of them"
-            )
         return schedule.lr_warmup_fraction * decay_samples
-    if schedule.lr_warmup_iters and schedule.lr_warmup_samples:
-        raise UsageError("--lr_warmup_iters and --lr_warmup_samples exclude each other; give one of them")
     return schedule.lr_warmup_samples or schedule.lr_warmup_iters * global_batch_size
 
 

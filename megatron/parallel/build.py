@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from megatron.config import ModelConfig, RunConfig
+from megatron.config import RunConfig
 from megatron.model import Model, Spread, choose_attention_kernel
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.plan import Split, chunk, key_value_heads, split_of
+from megatron.parallel.plan import Split, chunk, key_value_heads, split_of, tensor_ranges
 from megatron.parallel.recompute import recomputing
 from megatron.parallel.tensor import TensorSpread
 
@@ -138,18 +138,6 @@ def _shard_over_data(module: Model, dtype: torch.dtype, mesh: Mesh, full_shardin
         sharded = fully_shard(part, mesh=mesh.ranks["dp"], mp_policy=policy, reshard_after_forward=full_sharding)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
-
-
-def tensor_ranges(
-    name: str, shape: tuple[int, ...], model: ModelConfig, tensor_size: int, tensor_rank: int
-) -> tuple[slice, ...]:
-    """Which part of the whole parameter `name` a tensor-parallel rank holds."""
-    ranges = [slice(0, size) for size in shape]
-    split = split_of(name, model, tensor_size)
-    if split.dim is not None:
-        start, length = chunk(shape[split.dim], tensor_size, tensor_rank)
-        ranges[split.dim] = slice(start, start + length)
-    return tuple(ranges)
 
 
 def _part(name: str, parameter: nn.Parameter, shape: tuple[int, ...], config: RunConfig, mesh: Mesh) -> Part:

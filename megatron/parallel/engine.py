@@ -6,26 +6,14 @@ on how the batch is divided into micro batches and ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.data import MicroBatch
 from megatron.parallel.build import ParallelModel, local_tensor
 from megatron.parallel.mesh import Mesh
-
-
-class Rows(Protocol):
-    """A micro batch as the data room lays it out: numpy arrays, t tokens."""
-
-    tokens: object
-    labels: object
-    weights: object
-    positions: object
-    cu_seqlens: object
-    max_seqlen: int
-    useful_tokens: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ class Engine:
         self.per_token = per_token
 
     def forward_backward(
-        self, micro_batches: Sequence[Rows], consumed_samples: int, loss_scale: float = 1.0
+        self, micro_batches: Sequence[MicroBatch], consumed_samples: int, loss_scale: float = 1.0
     ) -> BatchLoss:
         """Leave the gradient of the global batch's loss times `loss_scale` in the parameters, and return the loss.
 
@@ -73,7 +61,7 @@ class Engine:
         return self._run(micro_batches, consumed_samples, loss_scale)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Rows]) -> BatchLoss:
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> BatchLoss:
         """The loss alone, without dropout."""
         self.model.module.eval()
         loss = self._run(micro_batches, 0, None)
@@ -81,7 +69,7 @@ class Engine:
             module.reshard()
         return loss
 
-    def _run(self, micro_batches: Sequence[Rows], consumed_samples: int, loss_scale: float | None) -> BatchLoss:
+    def _run(self, micro_batches: Sequence[MicroBatch], consumed_samples: int, loss_scale: float | None) -> BatchLoss:
         counts = [_counts(rows) for rows in micro_batches]
         weight, useful, tokens, batches = self.mesh.sum(
             [*map(sum, zip(*counts, strict=True)), len(micro_batches)], "dp"
@@ -100,7 +88,7 @@ class Engine:
         (mean,) = self.mesh.sum([float(total)], "dp")
         return BatchLoss(mean, weight, int(useful), int(tokens))
 
-    def _loss_sum(self, rows: Rows) -> Tensor:
+    def _loss_sum(self, rows: MicroBatch) -> Tensor:
         tokens, positions, bounds, labels, weights = (
             torch.as_tensor(array).to(self.mesh.device, non_blocking=True)
             for array in (rows.tokens, rows.positions, rows.cu_seqlens, rows.labels, rows.weights)
@@ -132,6 +120,6 @@ class Engine:
             gradient.copy_(whole.view_as(gradient))
 
 
-def _counts(rows: Rows) -> tuple[float, int, int]:
+def _counts(rows: MicroBatch) -> tuple[float, int, int]:
     weights = torch.as_tensor(rows.weights)
     return float(weights.sum(dtype=torch.float64)), rows.useful_tokens, weights.numel()

@@ -62,6 +62,18 @@ def chunk(size: int, parts: int, index: int) -> tuple[int, int]:
     return start, min(start + step, size) - start
 
 
+def tensor_ranges(
+    name: str, shape: tuple[int, ...], model: ModelConfig, tensor_size: int, tensor_rank: int
+) -> tuple[slice, ...]:
+    """Which part of the whole parameter `name` a tensor-parallel rank holds."""
+    ranges = [slice(0, size) for size in shape]
+    split = split_of(name, model, tensor_size)
+    if split.dim is not None:
+        start, length = chunk(shape[split.dim], tensor_size, tensor_rank)
+        ranges[split.dim] = slice(start, start + length)
+    return tuple(ranges)
+
+
 def key_value_heads(model: ModelConfig) -> int:
     """Number of key/value heads."""
     assert model.num_attention_heads_kv is not None
@@ -83,11 +95,16 @@ def stage_of(name: str, num_layers: int, stages: int) -> int:
     return 0 if name.startswith("embedding.") else stages - 1
 
 
-def check_layout(model: ModelConfig, tensor_size: int, pipeline_size: int) -> None:
-    """Raise `UsageError` unless `model` divides over a layout of `tensor_size` x `pipeline_size`."""
+def check_layout(
+    model: ModelConfig,
+    tensor_size: int,
+    pipeline_size: int,
+    flags: tuple[str, str] = ("--tensor_model_parallel_size", "--pipeline_model_parallel_size"),
+) -> None:
+    """Raise `UsageError`, naming `flags`, unless `model` divides over a layout of `tensor_size` x `pipeline_size`."""
     assert model.num_layers and model.num_attention_heads and model.ffn_hidden_size
     heads, kv_heads = model.num_attention_heads, key_value_heads(model)
-    flag = f"--tensor_model_parallel_size {tensor_size}"
+    flag = f"{flags[0]} {tensor_size}"
     if heads % tensor_size:
         fits = [n for n in range(1, heads + 1) if heads % n == 0 and model.ffn_hidden_size % n == 0]
         raise UsageError(f"{flag} does not divide the {heads} attention heads of {model.model_name}; use one of {fits}")
@@ -100,6 +117,6 @@ def check_layout(model: ModelConfig, tensor_size: int, pipeline_size: int) -> No
         raise UsageError(f"{flag} does not divide --ffn_hidden_size {model.ffn_hidden_size} of {model.model_name}")
     if model.num_layers < pipeline_size:
         raise UsageError(
-            f"--pipeline_model_parallel_size {pipeline_size} is more than the {model.num_layers} layers of "
+            f"{flags[1]} {pipeline_size} is more than the {model.num_layers} layers of "
             f"{model.model_name}; use at most {model.num_layers}"
         )

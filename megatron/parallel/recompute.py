@@ -21,6 +21,7 @@ from megatron.model.transformer import RunLayers, run_layers
 KEPT_OPERATIONS = {
     "aten::mm",
     "aten::addmm",
+    "megatron::column_products",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",

@@ -51,6 +51,22 @@ class Duals:
         return collectives.all_reduce(x.contiguous(), "sum", self.group)
 
 
+@torch.library.custom_op("megatron::column_products", mutates_args=())
+def column_products(x: Tensor, weights: list[Tensor], group: str, sequence_parallel: bool) -> list[Tensor]:
+    """The products of `GatherLinear` as one operation, so that selective recomputation keeps its outputs.
+
+    Were the gather an operation of its own, recomputation would repeat it for nothing.
+    """
+    whole = all_gather(x.contiguous(), 0, group) if sequence_parallel else x
+    return [F.linear(whole, weight) for weight in weights]
+
+
+@column_products.register_fake
+def _(x: Tensor, weights: list[Tensor], group: str, sequence_parallel: bool) -> list[Tensor]:
+    ranks = dist.get_world_size(dist.distributed_c10d._resolve_process_group(group)) if sequence_parallel else 1
+    return [x.new_empty(x.shape[0] * ranks, weight.shape[0]) for weight in weights]
+
+
 class GatherLinear(torch.autograd.Function):
     """Column products of one x: gathered once, and its gradient reduced while the weight gradients are computed."""
 
@@ -58,8 +74,7 @@ class GatherLinear(torch.autograd.Function):
     def forward(ctx: FunctionCtx, duals: Duals, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
         ctx.duals = duals  # type: ignore[attr-defined]
-        whole = duals.open(x)
-        return tuple(F.linear(whole, weight) for weight in weights)
+        return tuple(column_products(x, list(weights), duals.group.group_name, duals.sequence_parallel))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -18,7 +18,6 @@ class Tokenizer(Protocol):
         bos_id: beginning of a sequence, if there is one; likewise `eos_id`.
         pad_id: what fills unused positions.
         eod_id: end of a document.
-        fingerprint: hexadecimal sha256 of all pieces and special tokens.
     """
 
     vocab_size: int
@@ -27,7 +26,11 @@ class Tokenizer(Protocol):
     eos_id: int | None
     pad_id: int | None
     eod_id: int | None
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal sha256 of all pieces and special tokens."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special strings in it become their ids."""

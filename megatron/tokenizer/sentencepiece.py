@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -42,7 +43,6 @@ class SentencePieceTokenizer:
         self.eod_id = self.special_tokens.get("<EOD>", self.eos_id)
         # An alternation tries its branches in order at each place, from left to right: exactly the rule.
         self._cut = re.compile("(" + ("|".join(map(re.escape, self.special_tokens)) or "(?!)") + ")")
-        self.fingerprint = self._fingerprint()
 
     @classmethod
     def from_file(
@@ -130,7 +130,9 @@ class SentencePieceTokenizer:
     def _own_or_added(self, own: int, name: str, otherwise: int | None) -> int | None:
         return own if own >= 0 else self.special_tokens.get(name, otherwise)
 
-    def _fingerprint(self) -> str:
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal sha256 of all pieces and special tokens."""
         digest = hashlib.sha256()
         for index in range(self._processor.get_piece_size()):
             digest.update(self._processor.id_to_piece(index).encode() + b"\0")
@@ -149,7 +151,7 @@ def _register(
     processor: SentencePieceProcessor, vocab_extra_ids: int, extra_tokens: Iterable[str], new_tokens: bool
 ) -> dict[str, int]:
     """Special string -> id, in the order of registration; a name that the model has keeps its id there."""
-    pieces = {processor.id_to_piece(index): index for index in range(processor.get_piece_size())}
+    size = processor.get_piece_size()
     own = [
         processor.id_to_piece(index) if index >= 0 else name
         for index, name in ((processor.pad_id(), "<PAD>"), (processor.bos_id(), "<BOS>"), (processor.eos_id(), "<EOS>"))
@@ -159,8 +161,13 @@ def _register(
     if "" in explicit:
         raise UsageError(f"--vocab_extra_ids_list {','.join(explicit)!r} has an empty name: remove the extra comma")
     special: dict[str, int] = {}
-    for name in [*(name for name in usual if new_tokens or name in pieces), *explicit]:
-        if name not in pieces:
-            pieces[name] = len(pieces)
-        special[name] = pieces[name]
+    for name in [*(name for name in usual if new_tokens or _has(processor, name)), *explicit]:
+        if name not in special:
+            special[name] = processor.piece_to_id(name) if _has(processor, name) else size
+            size += special[name] == size
     return special
+
+
+def _has(processor: SentencePieceProcessor, name: str) -> bool:
+    """Whether `name` is a piece; an unknown one has the id of the unknown piece."""
+    return bool(processor.id_to_piece(processor.piece_to_id(name)) == name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint import Checkpoint, Slice, TensorStore, grown, save_checkpoint
+from megatron.checkpoint import Checkpoint, Slice, TensorStore, save_checkpoint, with_vocabulary
 from megatron.config import RunConfig
 from megatron.model.initialization import initial_weight
 from megatron.parallel.build import ParallelModel, Part, local_tensor
@@ -18,7 +18,6 @@ from megatron.tokenizer import Tokenizer
 from megatron.training.state import Progress, TrainingState
 
 Say = Callable[[str], None]
-VOCABULARY = ("embedding.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,17 @@ class Saver:
         """Write the checkpoint of the present iteration."""
         options, progress = self.config.checkpoint, state.progress
         assert options.save
+        rank = torch.distributed.get_rank()
+        files = {f"model/rank-{rank:05d}.safetensors": model_slices(state.model)}
+        if options.save_optim:
+            files[f"optimizer/rank-{rank:05d}.safetensors"] = optimizer_slices(state.model, state.optimizer)
         folder = save_checkpoint(
             Path(options.save),
             progress.iteration,
             self._description(state),
-            model_slices(state.model),
-            optimizer_slices(state.model, state.optimizer) if options.save_optim else None,
+            files,
             self.tokenizer,
-            rank=torch.distributed.get_rank(),
+            rank=rank,
             is_main=self.mesh.is_main,
             barrier=self.mesh.barrier,
         )
@@ -65,20 +67,18 @@ class Saver:
 def fill_model(
     model: ParallelModel, config: RunConfig, checkpoint: Checkpoint | None, vocab_size: int, mesh: Mesh, say: Say
 ) -> None:
-    """Give the model its weights: initial ones, or the checkpoint's, grown where the tokenizer's vocabulary is larger."""
+    """Give the model its weights: initial ones, or the checkpoint's with its vocabulary grown to `vocab_size`."""
     if checkpoint is None:
         own = mesh.rank("dp") if config.training.data_parallel_random_init else 0
         seed = config.training.seed + own
         model.fill(lambda name, shape, ranges: initial_weight(name, shape, config.model, seed)[ranges])
         return
-    weights = checkpoint.weights
     if vocab_size > checkpoint.vocab_size:
-        weights = grown(weights, [name for name in VOCABULARY if name in weights.names()], vocab_size)
         say(
             f"the tokenizer has {vocab_size} tokens, the checkpoint {checkpoint.vocab_size}: "
             f"{vocab_size - checkpoint.vocab_size} new rows, each the mean of the old ones"
         )
-    model.fill(reader(weights))
+    model.fill(reader(with_vocabulary(checkpoint.weights, vocab_size)))
 
 
 def resume(state: TrainingState, checkpoint: Checkpoint, config: RunConfig, say: Say) -> None:
@@ -149,4 +149,4 @@ def _written(parts: Sequence[Part]) -> Iterator[Part]:
 
 
 def _slice(name: str, part: Part, tensor: Tensor) -> Slice:
-    return Slice(name, part.shape, tuple(r.start for r in part.ranges), tensor)
+    return Slice.of(name, part.shape, tuple(r.start for r in part.ranges), tensor)

@@ -11,7 +11,7 @@ import pytest
 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.instruction import InstructionDataset
-from megatron.data.preprocess import Summary, preprocess
+from megatron.data.preprocess import Summary, chunks_of, preprocess
 from megatron.data.processes import map_in_order
 from megatron.data.rows import RowEncoder, RowFormat
 from megatron.tokenizer.chat import Role, render_messages
@@ -23,6 +23,12 @@ Run = Callable[..., Summary]
 
 def line(**changes: Any) -> bytes:
     return json.dumps({**GOOD, **changes}).encode()
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let short files have several chunks."""
+    monkeypatch.setattr("megatron.data.preprocess.SMALLEST_CHUNK", 1)
 
 
 @pytest.fixture
@@ -160,6 +166,15 @@ def test_output_does_not_depend_on_workers_and_chunks(run: Run, tmp_path: Path) 
         outputs.append(output_bytes(tmp_path))
     assert len(outputs[0]) == 4
     assert all(output == outputs[0] for output in outputs)
+
+
+def test_short_lines_are_bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(b"123456789\n" * 25)
+    monkeypatch.setattr("megatron.data.preprocess.SMALLEST_CHUNK", 55)
+    spans = [(chunk.first_line, chunk.start, chunk.stop) for chunk in chunks_of(path, 3)]
+    assert spans == [(1, 0, 60), (7, 60, 120), (13, 120, 180), (19, 180, 240), (25, 240, 250)]
+    assert [chunk.stop - chunk.start for chunk in chunks_of(path, 20)] == [200, 50]
 
 
 def test_failure_keeps_the_former_output(run: Run, tmp_path: Path) -> None:

@@ -118,11 +118,8 @@ def test_weight_decay_is_constant_by_default():
 @pytest.mark.parametrize(
     ("options", "flag"),
     [
-        ({"lr": None}, "--lr"),
         ({"min_lr": 1.0}, "--min_lr"),
         ({"lr_warmup_iters": 6500}, "--lr_warmup_iters"),
-        ({"lr_warmup_fraction": 0.1}, "--lr_warmup_fraction"),
-        ({"training": {"train_iters": None}}, "--train_iters"),
         ({"optimizer": {"weight_decay_incr_style": "linear"}}, "--start_weight_decay"),
         ({"optimizer": {"end_weight_decay": 0.5}}, "--end_weight_decay"),
     ],
@@ -144,8 +141,6 @@ def test_resume_with_another_learning_rate_needs_a_decision():
         typed.merged_with(stored, override=False, use_checkpoint=False)
     assert typed.merged_with(stored, override=True, use_checkpoint=False).values == typed.values
     assert typed.merged_with(stored, override=False, use_checkpoint=True).values == schedule().values
-    with pytest.raises(UsageError, match="exclude each other"):
-        typed.merged_with(stored, override=True, use_checkpoint=True)
 
 
 def test_longer_run_changes_nothing_where_lengths_have_no_effect():

@@ -35,7 +35,7 @@ class BenchmarkOptions:
     vocab_file: str = option(help="A SentencePiece model.")
     repeats: int = option(10, "How often the file is repeated.")
     workers: int = option(2, "Worker processes, and threads of SentencePiece.")
-    chunk_size: int = option(128, "Lines that a worker takes at a time.")
+    chunk_size: int = option(32, "Lines that a worker takes at a time.")
     rounds: int = option(5, "Rounds; the ratio is of the medians.")
 
 

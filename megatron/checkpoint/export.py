@@ -1,0 +1,131 @@
+"""Export to Hugging Face: a folder that `transformers` loads, and the proof that it computes the same."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron.checkpoint.load import Checkpoint
+from megatron.checkpoint.safetensors_file import Entry, SafetensorsWriter
+from megatron.hf.config import hf_config
+from megatron.hf.rows import to_hf
+from megatron.hf.tokenizer import export_tokenizer, is_own, stop_ids, token_ids
+from megatron.model import Model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_BYTES = 5 * 10**9
+TOLERANCE = 1e-3
+"""Largest difference of logits, computed in fp32 on both sides, that is rounding."""
+
+
+def export(
+    checkpoint: Checkpoint,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    shards: int | None = None,
+    progress: Callable[[int], object] = lambda size: None,
+) -> Path:
+    """Write a Hugging Face folder beside `output` and return it; `publish` gives it its name.
+
+    Args:
+        checkpoint: of any layout.
+        output: the folder to come.
+        dtype: of the weights; by default that of the training run, else as stored.
+        shards: number of weight files; by default one for each 5 GB.
+        progress: is told the bytes written.
+    """
+    folder = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    kind = dtype or _trained_dtype(checkpoint)
+    _write_weights(checkpoint, folder, kind, shards, progress)
+    source = checkpoint.tokenizer_folder
+    tokens: dict[str, int | None] = checkpoint.run.get("tokens", {})
+    if source and is_own(source):
+        export_tokenizer(source, folder)
+        tokens = token_ids(source)
+        generation = {**tokens, "eos_token_id": stop_ids(source), "do_sample": False}
+        _write_json(folder / "generation_config.json", generation)
+    else:
+        for file in checkpoint.tokenizer_files:
+            shutil.copyfile(file, folder / file.name)
+    _write_json(folder / "config.json", hf_config(checkpoint.model, checkpoint.vocab_size, kind, tokens))
+    return folder
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Give an exported folder its name, in place of what is there."""
+    if output.exists():
+        shutil.rmtree(output)
+    folder.rename(output)
+
+
+def logits_difference(checkpoint: Checkpoint, folder: Path, tokens: int = 32) -> float:
+    """Largest difference of logits between the checkpoint here and the exported `folder` in `transformers`.
+
+    Both compute in fp32, on random tokens, with the weights as exported.
+    """
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    stored = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
+    ours = Model(checkpoint.model, checkpoint.vocab_size).eval()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(checkpoint.weights.read(name).to(stored))
+        ids = torch.randint(checkpoint.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1))
+        mine = ours(ids, torch.arange(tokens), torch.tensor([0, tokens], dtype=torch.int32), tokens)
+        return float((mine - theirs(ids[None]).logits[0]).abs().max())
+
+
+def _trained_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    precision = checkpoint.run["config"].get("precision", {})
+    if precision.get("bf16"):
+        return torch.bfloat16
+    return torch.float16 if precision.get("fp16") else checkpoint.weights.dtype("embedding.weight")
+
+
+def _write_weights(
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shards: int | None, progress: Callable[[int], object]
+) -> None:
+    weights = checkpoint.weights
+    entries = {name: Entry(to_hf(name), dtype, weights.shape(name)) for name in _in_order(weights.names())}
+    total = sum(entry.size for entry in entries.values())
+    files = _divide(entries, total, shards or -(-total // SHARD_BYTES))
+    count, index = len(files), {}
+    for number, names in enumerate(files, 1):
+        file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        with SafetensorsWriter(folder / file, [entries[name] for name in names], {"format": "pt"}) as writer:
+            for name in names:
+                writer.write(weights.read(name).to(dtype))
+                index[entries[name].name] = file
+                progress(entries[name].size)
+    if count > 1:
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _in_order(names: list[str]) -> list[str]:
+    """Embedding, layers by number, the rest."""
+
+    def place(name: str) -> tuple[int, int]:
+        if name.startswith("layers."):
+            return 1, int(name.split(".")[1])
+        return (0, 0) if name.startswith("embedding.") else (2, 0)
+
+    return sorted(names, key=place)
+
+
+def _divide(entries: dict[str, Entry], total: int, count: int) -> list[list[str]]:
+    """Names in files of about equal size, in order."""
+    files: list[list[str]] = [[] for _ in range(count)]
+    written = 0
+    for name, entry in entries.items():
+        files[min(written * count // max(total, 1), count - 1)].append(name)
+        written += entry.size
+    return [names for names in files if names]
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

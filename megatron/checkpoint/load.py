@@ -1,0 +1,164 @@
+"""Opening weights of any kind: a checkpoint of any layout, one of its folders, or a Hugging Face model folder."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.folder import RELEASE, RUN, TRACKER, damage, newest_whole
+from megatron.checkpoint.save import state_name
+from megatron.checkpoint.store import SlicedStore, open_files
+from megatron.checkpoint.vocabulary import vocabulary_size
+from megatron.config import ModelConfig
+from megatron.hf.config import model_fields
+from megatron.hf.rows import BUFFERS, check_complete, from_hf
+from megatron.hf.tokenizer import FILES
+from megatron.tokenizer.sentencepiece import SPECIAL_TOKENS_FILE
+
+HF_CONFIG = "config.json"
+HF_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+HF_FILES = ("model.safetensors", "pytorch_model.bin")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+"""Stored options, besides the architecture and `seq_length`, that a run may take over."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights to read, and what is known of them.
+
+    Attributes:
+        folder: where they lie.
+        iteration: that they were saved at; 0 for weights that no run here has trained.
+        run: what run.json holds; for a Hugging Face folder only "config" and "tokens".
+        weights: by our names.
+        optimizer: optimizer state by our names, if there is any.
+        tokenizer_folder: where its tokenizer's files are, if there are any.
+        warnings: about damaged checkpoints that were passed over.
+    """
+
+    folder: Path
+    iteration: int
+    run: dict[str, Any]
+    weights: SlicedStore
+    optimizer: SlicedStore | None = None
+    tokenizer_folder: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return vocabulary_size(self.weights)
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The files of its tokenizer."""
+        folder = self.tokenizer_folder
+        return [folder / name for name in (*FILES, SPECIAL_TOKENS_FILE) if (folder / name).is_file()] if folder else []
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture."""
+        known = {field.name for field in fields(ModelConfig)}
+        return ModelConfig(**{k: v for k, v in self.run["config"]["model"].items() if k in known})
+
+    def stored_options(self) -> dict[str, Any]:
+        """Options that a run may take over or must agree with, by field name."""
+        config = self.run["config"]
+        parallel = {name: config["parallel"][name] for name in LAYOUT} if "parallel" in config else {}
+        data = config.get("data", {})
+        length = {"seq_length": data["seq_length"]} if data.get("seq_length") else {}
+        return {**config["model"], **parallel, **length}
+
+
+def open_checkpoint(load: Path, iteration: int | None = None) -> Checkpoint:
+    """The weights that `load` names.
+
+    Args:
+        load: a folder with a tracker, an iteration's own folder, or a Hugging Face model folder.
+        iteration: which one of a folder with a tracker; by default the newest.
+
+    Raises:
+        ValueError: there are none, or they are damaged; with the file and what is wrong.
+    """
+    if not load.is_dir():
+        raise ValueError(f"--load {load}: no such folder")
+    if (load / TRACKER).is_file():
+        return _open(*newest_whole(load, iteration))
+    if (load / RUN).is_file():
+        problem = damage(load)
+        if problem:
+            raise ValueError(f"checkpoint {load} is damaged: {problem}")
+        return _open(load, [])
+    if (load / HF_CONFIG).is_file():
+        return _open_hf(load)
+    raise ValueError(
+        f"--load {load} is no checkpoint: it has neither {TRACKER} nor {RUN} nor {HF_CONFIG} (a Hugging Face model)"
+    )
+
+
+def _open(folder: Path, warnings: list[str]) -> Checkpoint:
+    run = read_json(folder / RUN)
+    weights = _renamed(open_files(folder, sorted((folder / "model").glob("*.safetensors"))))
+    states = sorted((folder / "optimizer").glob("*.safetensors"))
+    tokenizer = folder / "tokenizer"
+    checkpoint = Checkpoint(
+        folder=folder,
+        iteration=0 if folder.name == RELEASE else int(run.get("iteration", 0)),
+        run=run,
+        weights=weights,
+        optimizer=_renamed(open_files(folder, states)) if states else None,
+        tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
+        warnings=tuple(warnings),
+    )
+    check_complete(weights.names(), checkpoint.model, folder)
+    return checkpoint
+
+
+def _open_hf(folder: Path) -> Checkpoint:
+    config = read_json(folder / HF_CONFIG)
+    model = {"model_name": "llama2", **model_fields(config, folder / HF_CONFIG)}
+    stored = open_files(folder, _hf_files(folder))
+    stored = stored.without([name for name in stored.names() if BUFFERS.fullmatch(name)])
+    if model["tie_embed_logits"]:
+        stored = stored.without(["lm_head.weight"])
+    weights = _renamed(stored)
+    check_complete(weights.names(), ModelConfig(**model), folder)
+    run = {"config": {"model": model}, "tokens": {key: config[key] for key in TOKENS if key in config}}
+    return Checkpoint(folder, 0, run, weights, tokenizer_folder=folder)
+
+
+def _hf_files(folder: Path) -> list[Path]:
+    for index in HF_INDEXES:
+        if (folder / index).is_file():
+            names = sorted(set(read_json(folder / index)["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name]
+            if outside:
+                raise ValueError(f"{folder / index} names {outside[0]!r}, which is not a file of that folder")
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise ValueError(f"{folder / index} names {missing[0]}, which is missing")
+            return [folder / name for name in names]
+    for name in HF_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+    raise ValueError(f"{folder} has no weights: none of {', '.join((*HF_FILES, *HF_INDEXES))}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file holds none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
+
+
+def _renamed(store: SlicedStore) -> SlicedStore:
+    return store.renamed(lambda name: state_name(name, from_hf))

@@ -1,0 +1,179 @@
+"""Tensors on disk, read slice by slice, however they are cut into files."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.files import OFFSETS, SHAPES, PickledFile, Ranges, SafetensorsFile, TensorFile
+from megatron.checkpoint.safetensors_file import Entry, SafetensorsWriter
+
+
+class TensorStore(Protocol):
+    """Named tensors on disk."""
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        ...
+
+    def read(self, name: str, ranges: Ranges | None = None) -> Tensor:
+        """The tensor, or the part of it in `ranges` (one slice a dimension, with start and stop)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of a tensor, to be written.
+
+    Attributes:
+        name: of the tensor.
+        shape: of the whole tensor.
+        offsets: where the part begins in each dimension.
+        entry: dtype and shape of the part.
+        read: gives the part when it is its turn.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    entry: Entry
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], tensor: Tensor) -> "Slice":
+        """The slice that `tensor` holds."""
+        return cls(name, shape, offsets, Entry(name, tensor.dtype, tuple(tensor.shape)), lambda: tensor)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written: its size in bytes and crc32."""
+
+    size: int
+    checksum: str
+
+
+def write_slices(path: Path, slices: Iterable[Slice], progress: Callable[[int], object] = lambda size: None) -> Written:
+    """Write `slices` into one file; `progress` is told the bytes of each."""
+    slices = list(slices)
+    metadata = {
+        "format": "pt",
+        OFFSETS: json.dumps({s.name: {"saved_offsets": list(s.offsets)} for s in slices}),
+        SHAPES: json.dumps({s.name: list(s.shape) for s in slices}),
+    }
+    with SafetensorsWriter(path, [s.entry for s in slices], metadata) as writer:
+        for part in slices:
+            writer.write(part.read())
+            progress(part.entry.size)
+    return Written(writer.size, writer.checksum)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a part of a tensor lies: `key` in `file`, beginning at `offsets` of the whole tensor."""
+
+    file: TensorFile
+    key: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SlicedStore:
+    """Tensors over several files.
+
+    Attributes:
+        folder: for messages.
+        pieces: name -> its parts.
+        shapes: name -> shape of the whole.
+        dtypes: name -> dtype.
+    """
+
+    folder: Path
+    pieces: Mapping[str, Sequence[Piece]]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        if name not in self.shapes:
+            raise ValueError(f"{self.folder} has no tensor {name}")
+        return self.shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        return self.dtypes[name]
+
+    def read(self, name: str, ranges: Ranges | None = None) -> Tensor:
+        """The tensor or a part of it, from every file that holds some of it.
+
+        Raises:
+            ValueError: no file holds some of it, or a file is damaged.
+        """
+        wanted = ranges or tuple(slice(0, size) for size in self.shape(name))
+        result = torch.empty([r.stop - r.start for r in wanted], dtype=self.dtypes[name])
+        missing = result.numel()
+        for piece in self.pieces[name]:
+            held = [slice(o, o + size) for o, size in zip(piece.offsets, piece.shape, strict=True)]
+            both = [slice(max(w.start, h.start), min(w.stop, h.stop)) for w, h in zip(wanted, held, strict=True)]
+            if any(r.start >= r.stop for r in both):
+                continue
+            source = tuple(slice(r.start - h.start, r.stop - h.start) for r, h in zip(both, held, strict=True))
+            target = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(both, wanted, strict=True))
+            part = piece.file.read(piece.key, source)
+            result[target] = part
+            missing -= part.numel()
+        if missing:
+            raise ValueError(f"{self.folder}: the files hold {'only a part' if missing > 0 else 'overlaps'} of {name}")
+        return result
+
+    def renamed(self, rename: Callable[[str], str]) -> "SlicedStore":
+        """The same tensors under other names."""
+        return SlicedStore(
+            self.folder,
+            {rename(name): pieces for name, pieces in self.pieces.items()},
+            {rename(name): shape for name, shape in self.shapes.items()},
+            {rename(name): dtype for name, dtype in self.dtypes.items()},
+        )
+
+    def without(self, names: Iterable[str]) -> "SlicedStore":
+        """The store less some tensors."""
+        left_out = set(names)
+        tables: list[Mapping[str, Any]] = [self.pieces, self.shapes, self.dtypes]
+        return SlicedStore(self.folder, *({k: v for k, v in table.items() if k not in left_out} for table in tables))
+
+
+def open_files(folder: Path, files: Sequence[Path]) -> SlicedStore:
+    """The tensors in safetensors or `.bin` files.
+
+    Raises:
+        ValueError: a file is damaged, or files contradict each other.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for path in files:
+        file: TensorFile = PickledFile(path) if path.suffix == ".bin" else SafetensorsFile(path)
+        for content in file.contents():
+            name, whole, dtype = content.name, content.whole, content.dtype
+            known = shapes.setdefault(name, whole), dtypes.setdefault(name, dtype)
+            if known != (whole, dtype):
+                raise ValueError(f"{path}: {name} is {list(whole)} {dtype} here but {known} in another file")
+            pieces.setdefault(name, []).append(Piece(file, name, content.offsets, content.shape))
+    return SlicedStore(folder, pieces, shapes, dtypes)

@@ -1,0 +1,65 @@
+"""Vocabularies of another size than the checkpoint's: rows cut off, or new ones that start as the mean of the old."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.store import Ranges, TensorStore
+
+VOCABULARY = ("embedding.weight", "lm_head.weight")
+"""Parameters with a row a token."""
+
+
+@dataclass(frozen=True)
+class ResizedVocabulary:
+    """A store whose vocabulary tensors have `vocab_size` rows.
+
+    Fewer than stored: the last rows are left out. More: each new row is the mean of the stored ones, so that a new
+    token starts as no token in particular.
+    """
+
+    store: TensorStore
+    vocab_size: int
+    _means: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return self.store.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        shape = self.store.shape(name)
+        return (self.vocab_size, *shape[1:]) if name in VOCABULARY else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        return self.store.dtype(name)
+
+    def read(self, name: str, ranges: Ranges | None = None) -> Tensor:
+        """The tensor or a part of it."""
+        stored = self.store.shape(name)[0]
+        if name not in VOCABULARY or self.vocab_size <= stored:
+            return self.store.read(name, ranges or tuple(slice(0, size) for size in self.shape(name)))
+        rows, *rest = ranges or tuple(slice(0, size) for size in self.shape(name))
+        old = self.store.read(name, (slice(min(rows.start, stored), min(rows.stop, stored)), *rest))
+        new = self._mean(name)[(slice(None), *rest)].expand(rows.stop - rows.start - len(old), -1)
+        return torch.cat([old, new.to(old.dtype)])
+
+    def _mean(self, name: str) -> Tensor:
+        if name not in self._means:
+            self._means[name] = self.store.read(name).float().mean(0, keepdim=True)
+        return self._means[name]
+
+
+def with_vocabulary(store: TensorStore, vocab_size: int) -> TensorStore:
+    """`store` with `vocab_size` rows in its vocabulary tensors."""
+    if vocabulary_size(store) == vocab_size:
+        return store
+    return ResizedVocabulary(store, vocab_size)
+
+
+def vocabulary_size(store: TensorStore, names: Sequence[str] = VOCABULARY) -> int:
+    """Rows of the embedding."""
+    return store.shape(names[0])[0]

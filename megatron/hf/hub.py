@@ -1,0 +1,25 @@
+"""Models by their name on the Hugging Face hub."""
+
+from pathlib import Path
+
+PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "merges.txt"]
+
+
+def model_folder(path_or_name: str, cache_dir: str | None) -> Path:
+    """The folder `path_or_name`, or that of the downloaded model of that name.
+
+    Raises:
+        ValueError: there is no such folder, and the hub has no such model or cannot be reached.
+    """
+    if Path(path_or_name).is_dir():
+        return Path(path_or_name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path_or_name, cache_dir=cache_dir, allow_patterns=PATTERNS))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--model-path {path_or_name}: no such folder, and not to be had from the hub: {reason}"
+        ) from error

@@ -1,0 +1,134 @@
+"""Our tokenizer as Hugging Face has tokenizers: the same ids for the same text, and the chat template of training."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, decoders, normalizers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import BPE
+
+from megatron.tokenizer import load_tokenizer
+from megatron.tokenizer.chat import CHAT_TEMPLATE, MESSAGE_END
+from megatron.tokenizer.sentencepiece import MODEL_FILE, SPECIAL_TOKENS_FILE
+
+SPACE = "\u2581"
+NORMAL, UNKNOWN, BYTE = 1, 2, 6
+"""Types of pieces in a SentencePiece model."""
+BPE_MODEL = 2
+FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
+)
+"""Files of a tokenizer in a Hugging Face folder."""
+
+
+def token_ids(folder: Path) -> dict[str, int | None]:
+    """Ids of bos, eos and pad, as config.json has them, of the tokenizer saved in `folder`."""
+    tokenizer = load_tokenizer(folder)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """Ids at which generation ends: the end of a message, and of a sequence."""
+    tokenizer = load_tokenizer(folder)
+    ids = [tokenizer.special_tokens.get(MESSAGE_END), tokenizer.eos_id]
+    return [token_id for token_id in ids if token_id is not None]
+
+
+def is_own(folder: Path) -> bool:
+    """Whether `folder` holds a tokenizer that this toolkit saved."""
+    return (folder / SPECIAL_TOKENS_FILE).is_file()
+
+
+def export_tokenizer(source: Path, target: Path) -> None:
+    """Write the tokenizer saved in `source` into the Hugging Face folder `target`.
+
+    Raises:
+        ValueError: its SentencePiece model is of a kind that has no exact equal there.
+    """
+    tokenizer = load_tokenizer(source)
+    proto = _read_proto(source / MODEL_FILE)
+    fast = _fast_tokenizer(proto, source / MODEL_FILE)
+    fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in tokenizer.special_tokens])
+    wrong = [name for name, token_id in tokenizer.special_tokens.items() if fast.token_to_id(name) != token_id]
+    assert not wrong, f"{wrong} got other ids than {tokenizer.special_tokens}"
+    fast.save(str(target / "tokenizer.json"))
+    (target / MODEL_FILE).write_bytes((source / MODEL_FILE).read_bytes())
+    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    ends_turn = MESSAGE_END in tokenizer.special_tokens
+    special = {
+        "bos_token": names.get(tokenizer.bos_id or -1),
+        "eos_token": MESSAGE_END if ends_turn else names.get(tokenizer.eos_id or -1),
+        "unk_token": proto.pieces[proto.trainer_spec.unk_id].piece,
+        "pad_token": names.get(tokenizer.pad_id if tokenizer.pad_id is not None else -1),
+    }
+    special = {key: value for key, value in special.items() if value is not None}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    if ends_turn:
+        config["chat_template"] = CHAT_TEMPLATE
+    _write_json(target / "tokenizer_config.json", config)
+    _write_json(target / "special_tokens_map.json", special)
+
+
+def _read_proto(path: Path) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    return proto
+
+
+def _fast_tokenizer(proto: Any, path: Path) -> FastTokenizer:
+    """The SentencePiece model for the `tokenizers` library: byte-pair merges by score, spaces as marks, bytes as a last
+    resort; each text between special tokens gets a space in front, as SentencePiece gives it.
+    """
+    normalizer = proto.normalizer_spec
+    unsupported = {
+        "it is not a byte-pair (BPE) model": proto.trainer_spec.model_type != BPE_MODEL,
+        "it normalizes text": bool(normalizer.precompiled_charsmap),
+        "it removes extra spaces": normalizer.remove_extra_whitespaces,
+        "it has user-defined pieces": any(piece.type == 4 for piece in proto.pieces),
+    }
+    reasons = [reason for reason, applies in unsupported.items() if applies]
+    if reasons:
+        raise ValueError(
+            f"{path} cannot be exported exactly: {', '.join(reasons)}; train it with model_type=bpe, "
+            "normalization_rule_name=identity, remove_extra_whitespaces=False"
+        )
+    vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    unknown = next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN)
+    model = BPE(
+        vocab=vocabulary,
+        merges=list(_merges(proto)),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+    fast = FastTokenizer(model)
+    prefix = [normalizers.Prepend(SPACE)] if normalizer.add_dummy_prefix else []
+    fast.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return fast
+
+
+def _merges(proto: Any) -> Iterator[tuple[str, str]]:
+    """Pairs to merge, best first: SentencePiece joins the pair whose piece has the highest score."""
+    ranks = {piece.piece: number for number, piece in enumerate(proto.pieces) if piece.type == NORMAL}
+    for piece in sorted((p for p in proto.pieces if p.type == NORMAL), key=lambda p: -p.score):
+        text = piece.piece
+        halves = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+        known = [pair for pair in halves if pair[0] in ranks and pair[1] in ranks]
+        yield from sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
