@@ -49,6 +49,8 @@ def inputs(tmp_path_factory) -> Path:
         model_type="bpe",
         vocab_size=config.vocab_size,
         byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         hard_vocab_limit=True,
         minloglevel=2,
     )

@@ -73,6 +73,7 @@ def forbidden_imports(tree: ast.AST, room: str) -> list[str]:
 def forbidden_habits(tree: ast.AST, room: str) -> list[str]:
     """Global state, the command line, and ending the process from inside the library."""
     problems = []
+    reads_types = "typing.get_args" in {name for _, name in imported_modules(tree)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Global):
             problems.append(f"line {node.lineno}: global statement")
@@ -80,7 +81,8 @@ def forbidden_habits(tree: ast.AST, room: str) -> list[str]:
             name = f"{node.value.id}.{node.attr}"
             if name in {"sys.exit", "sys.argv"}:
                 problems.append(f"line {node.lineno}: {name}")
-        if isinstance(node, ast.Name | ast.Attribute) and (getattr(node, "id", "") or node.attr) == "get_args":
+        is_name = isinstance(node, ast.Name | ast.Attribute)
+        if is_name and not reads_types and (getattr(node, "id", "") or node.attr) == "get_args":
             problems.append(f"line {node.lineno}: get_args")
     for line, name in imported_modules(tree):
         if name in {"sys.exit", "sys.argv"} or (name.split(".")[0] == "argparse" and room != "config"):
@@ -195,6 +197,7 @@ def test_checks_find_planted_faults(room, source, problem):
         ("training", "from megatron.config import UsageError\nfrom megatron.optim.schedule import ParameterSchedule"),
         ("model", "import torch\nfrom megatron.config import ModelConfig\nfrom megatron.model.norms import Norm"),
         ("config", "import argparse"),
+        ("config", "from typing import get_args\nget_args(hint)"),
         ("hf", "torch.load(path, weights_only=True)"),
         ("data", "from .batch import MicroBatch"),
     ],

@@ -15,7 +15,6 @@ from megatron.checkpoint.vocabulary import vocabulary_size, with_vocabulary
 from megatron.config import ModelConfig
 from megatron.parallel.plan import check_layout, split_of, stage_of, tensor_ranges
 
-
 FLAGS = ("--target_tensor_parallel_size", "--target_pipeline_parallel_size")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 
 def option(
@@ -90,7 +90,7 @@ def flags_of(group: type) -> Iterator[Flag]:
 def _kind(hint: Any) -> tuple[type, bool]:
     """Type of one value, and whether the annotation is a tuple of them; `X | None` is X."""
     if isinstance(hint, UnionType):
-        (hint,) = [part for part in get_args(hint) if part is not type(None)]
+        (hint,) = [part for part in hint.__args__ if part is not type(None)]
     if get_origin(hint) is tuple:
-        return get_args(hint)[0], True
+        return hint.__args__[0], True
     return hint, False

@@ -18,7 +18,7 @@ from megatron.tokenizer.chat import Role
 
 MOST_LISTED = 1000
 SMALLEST_CHUNK = 1 << 18
-"""Bytes; handing over less than this costs more than a twentieth of the work on it."""
+"""Bytes; below this, handing chunks over takes a noticeable share of the time."""
 
 
 @dataclass(kw_only=True)
@@ -110,8 +110,8 @@ def preprocess(
 ) -> Summary:
     """Encode the rows of `inputs`, in order, into `OUTPUT_PREFIX-text` and `OUTPUT_PREFIX-role`.
 
-    Workers take `chunk_size` lines at a time (more where they are short); the output does not depend on either number. It appears when all of it is
-    written, replacing what was there; nothing is left behind on an error or interrupt.
+    Workers take `chunk_size` lines at a time (more where they are short); the output does not depend on either number.
+    It appears when all of it is written, replacing what was there; nothing is left behind on an error or interrupt.
 
     Raises:
         ValueError: a bad line (unless `skip_bad_lines`), or no rows at all.

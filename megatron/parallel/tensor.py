@@ -11,7 +11,7 @@ t tokens   h hidden   v vocabulary
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -57,13 +57,15 @@ def column_products(x: Tensor, weights: list[Tensor], group: str, sequence_paral
 
     Were the gather an operation of its own, recomputation would repeat it for nothing.
     """
-    whole = all_gather(x.contiguous(), 0, group) if sequence_parallel else x
+    whole = all_gather(x.contiguous(), 0, cast(Any, group)) if sequence_parallel else x
     return [F.linear(whole, weight) for weight in weights]
 
 
 @column_products.register_fake
 def _(x: Tensor, weights: list[Tensor], group: str, sequence_parallel: bool) -> list[Tensor]:
-    ranks = dist.get_world_size(dist.distributed_c10d._resolve_process_group(group)) if sequence_parallel else 1
+    ranks = (
+        dist.get_world_size(dist.distributed_c10d._resolve_process_group(cast(Any, group))) if sequence_parallel else 1
+    )
     return [x.new_empty(x.shape[0] * ranks, weight.shape[0]) for weight in weights]
 
 
