@@ -14,8 +14,7 @@ from megatron.config.run import RUN_GROUPS
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 INTRODUCTION = """# Flags
 
-Every flag of `finetune.py`, written by `tools/document_flags.py` from the code. Dashes and underscores in names are the
-same, `--flag value` and `--flag=value` both work, and names are never abbreviated."""
+Every flag of `finetune.py`, written by `tools/document_flags.py` from the code. Dashes and underscores are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,161 @@
+"""Whole runs: what is trained, said, saved, resumed, skipped and refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import ARCHITECTURE, COURSE, finetune, losses, same, tensors, words, write_rows
+from worlds import World
+
+from megatron.data.indexed import IndexedDataset, IndexedWriter
+
+SPREAD = "--tensor_model_parallel_size 2 --sequence_parallel --hidden_dropout 0.1 --attention_dropout 0.1"
+
+
+@pytest.fixture(scope="module")
+def course(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Flags of a run on 80 rows."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_rows(folder / "rows.jsonl", 80)
+    command = [
+        *("--input", str(folder / "rows.jsonl"), "--output_prefix", str(folder / "rows"), "--workers", "1"),
+        *("--tokenizer_type", "SentencePieceTokenizer", "--vocab_file", str(small_model)),
+        *("--vocab_extra_ids_list", "<|im_start|>,<|im_end|>", "--question_key", "question"),
+        *("--answer_key", "response"),
+    ]
+    preprocess(command)
+    return f"{ARCHITECTURE} {COURSE} --vocab_file {small_model} --data_path {folder / 'rows'} --split 80,10,10"
+
+
+def preprocess(argv: list[str]) -> None:
+    """`instruct/preprocess_instruct_data.py` in this process."""
+    import runpy
+
+    from tiny_runs import ROOT
+
+    runpy.run_path(str(ROOT / "instruct" / "preprocess_instruct_data.py"))["main"](argv)
+
+
+def run(world: World, size: int, *flags: str) -> str:
+    """A run on `size` ranks that must succeed; what the main rank said."""
+    results = world(size, finetune, words(*flags))
+    assert [code for code, _ in results] == [0] * size, results[0][1]
+    return results[0][1]
+
+
+def test_learns(world: World, course: str) -> None:
+    found = losses(run(world, 1, course, "--train_iters 30"))
+    assert len(found) == 30
+    assert found[-1] < 0.5 * found[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"), [(1, "--hidden_dropout 0.1"), (2, SPREAD), (2, "--full_sharding"), (4, SPREAD)]
+)
+def test_stopped_and_resumed_equals_straight(world: World, course: str, tmp_path: Path, size: int, layout: str) -> None:
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    flags = [course, layout, "--train_iters 20"]
+    expected = losses(run(world, size, *flags, f"--save {straight}"))
+    first = run(world, size, *flags, f"--save {halves} --exit_interval 10")
+    assert "stopping: iteration 10" in first
+    second = run(world, size, *flags, f"--save {halves} --load {halves}")
+    assert losses(first) + losses(second) == expected
+    assert same(tensors(straight, 20), tensors(halves, 20))
+
+
+def test_resumed_on_another_layout_goes_on_alike(world: World, course: str, tmp_path: Path) -> None:
+    flags = [course, "--train_iters 8"]
+    expected = losses(run(world, 1, *flags))
+    run(world, 4, *flags, f"--tensor_model_parallel_size 2 --save {tmp_path} --exit_interval 5")
+    for size, layout in [(1, ""), (2, "--tensor_model_parallel_size 2 --sequence_parallel"), (2, "--full_sharding")]:
+        found = losses(run(world, size, *flags, layout, f"--load {tmp_path}"))
+        assert found == pytest.approx(expected[5:], rel=1e-5)
+
+
+def test_finetune_takes_only_the_weights(world: World, course: str, tmp_path: Path) -> None:
+    run(world, 1, course, f"--train_iters 3 --save {tmp_path}")
+    output = run(world, 1, course, f"--train_iters 2 --load {tmp_path} --finetune")
+    assert " iteration        1/       2 | consumed samples:            8 |" in output
+
+
+def test_a_changed_schedule_is_found(world: World, course: str, tmp_path: Path) -> None:
+    run(world, 1, course, f"--train_iters 2 --save {tmp_path}")
+    flags = words(course, f"--train_iters 4 --load {tmp_path}")
+    (code, output) = finetune(flags)
+    assert code == 2
+    assert "--lr_decay_iters" in output
+    assert finetune([*flags, "--override_opt_param_scheduler"])[0] == 0
+    assert finetune([*flags, "--use_checkpoint_opt_param_scheduler"])[0] == 0
+
+
+def test_evaluates_without_training(world: World, course: str, tmp_path: Path) -> None:
+    trained = run(world, 1, course, f"--train_iters 2 --save {tmp_path}")
+    for size, layout in [(1, ""), (2, ""), (2, "--tensor_model_parallel_size 2 --sequence_parallel")]:
+        output = run(world, size, course, layout, f"--load {tmp_path} --eval_only")
+        assert losses(output) == []
+        found = [float(line.split("value: ")[1].split()[0]) for line in output.splitlines() if "loss value" in line]
+        expected = [float(line.split("value: ")[1].split()[0]) for line in trained.splitlines() if "loss value" in line]
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert len(found) == 2
+
+
+def test_passes_over_iterations(world: World, course: str) -> None:
+    output = run(world, 1, course, "--train_iters 4 --skip_iters 2 3")
+    assert len(losses(output)) == 2
+    assert output.count("number of skipped iterations:   1 |") == 2
+
+
+def test_batches_without_supervised_tokens_are_counted(world: World, course: str, tmp_path: Path) -> None:
+    prefix = course.split("--data_path ")[1].split()[0]
+    text, role = IndexedDataset(f"{prefix}-text"), IndexedDataset(f"{prefix}-role")
+    for name, rows in {"text": text, "role": [row * 0 for row in role]}.items():
+        with IndexedWriter(f"{tmp_path / 'masked'}-{name}", text[0].dtype) as writer:
+            for row in rows:
+                writer.append(row)
+    flags = course.replace(f"--data_path {prefix}", f"--data_path {tmp_path / 'masked'}")
+    output = run(world, 2, flags, "--train_iters 2")
+    assert output.count("number of all-masked iterations:   1 |") == 2
+    assert losses(output) == []
+
+
+@pytest.mark.parametrize(("size", "layout"), [(1, ""), (2, "--tensor_model_parallel_size 2")])
+def test_fp16_lowers_its_scale_until_gradients_are_finite(world: World, course: str, size: int, layout: str) -> None:
+    output = run(world, size, course, layout, "--train_iters 25 --fp16 --hysteresis 1 --initial_loss_scale 1e9")
+    scales = [float(line.split("loss scale: ")[1].split()[0]) for line in output.splitlines() if "loss scale" in line]
+    assert scales[0] == 1e9
+    assert scales[-1] < scales[0]
+    assert output.count("number of skipped iterations:   1 |") > 0
+    assert losses(output)[-1] < losses(output)[0]
+
+
+def test_weights_that_are_not_finite_change_nothing(course: str, tmp_path: Path) -> None:
+    """A gradient that is not finite is skipped in fp32 as well."""
+    flags = words(course, f"--train_iters 2 --save {tmp_path}", "--lr 1e-2 --init_method_std 1e30 --clip_grad 0")
+    code, output = finetune(flags)
+    assert code == 0, output
+    assert output.count("number of skipped iterations:   1 |") == 2
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors(tmp_path).values())
+
+
+def test_a_larger_tokenizer_grows_the_vocabulary(world: World, course: str, tmp_path: Path) -> None:
+    run(world, 1, course, f"--train_iters 1 --save {tmp_path}")
+    grown = course.replace("<|im_end|>", "<|im_end|>,<|new|>")
+    output = run(world, 2, grown, f"--train_iters 1 --load {tmp_path} --finetune --tensor_model_parallel_size 2")
+    assert "1 new rows, each the mean of the old ones" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--global_batch_size 7 --micro_batch_size 7 --tensor_model_parallel_size 3", "--tensor_model_parallel_size 3"),
+        ("--tensor_model_parallel_size 2", "start a multiple of 2"),
+        ("--data_path nowhere", "--data_path nowhere: no such file"),
+        ("--load nowhere", "--load nowhere: no such folder"),
+        ("--vocab_file nowhere", "--vocab_file nowhere: no such file"),
+        ("--split 0,1,1", "there is no train data"),
+    ],
+)
+def test_mistakes_are_said_before_anything_starts(course: str, flags: str, message: str) -> None:
+    code, output = finetune(words(course, "--train_iters 1", flags))
+    assert code in (1, 2)
+    assert message in output
