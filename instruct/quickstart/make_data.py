@@ -1,4 +1,4 @@
-"""Generate arithmetic word problems with a chain of thought, in OpenOrca's schema (id, system_prompt, question, response).
+"""Generate arithmetic word problems with a chain of thought, in OpenOrca's schema.
 
 The number pairs of the held-out questions never occur in the training rows, in either order, so a right answer there is
 arithmetic and not memory. The same seed gives the same bytes.

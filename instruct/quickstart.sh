@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# The whole tutorial on a laptop, without a GPU, in a few minutes: bash instruct/quickstart.sh
+#
+# Makes a small dataset (sums in words, with a chain of thought), a tokenizer and a Llama with fresh weights, then runs
+# exactly the tutorial's commands: tokenize, bring the weights in, shard, train with tensor and sequence parallelism,
+# merge, export to Hugging Face. In the end it counts how many unseen questions are answered right, before and after.
+#
+#   --model DIR       a Hugging Face Llama of your own instead of the fresh one
+#   --data FILE       your own rows (jsonl with system_prompt, question, response); the last ones are held out
+#   --tokenizer FILE  a SentencePiece model; by default the model's, or one trained on the data
+#   --tp N            tensor-parallel size (2)
+#   --iters N         iterations (500)
+#   --out DIR         where everything goes (quickstart/)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+MODEL="" DATA="" TOKENIZER="" TP=2 ITERS=500 OUT=quickstart
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --model) MODEL=$2 ;;
+        --data) DATA=$2 ;;
+        --tokenizer) TOKENIZER=$2 ;;
+        --tp) TP=$2 ;;
+        --iters) ITERS=$2 ;;
+        --out) OUT=$2 ;;
+        -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "quickstart.sh: error: unknown option $1; see --help" >&2; exit 2 ;;
+    esac
+    [ $# -ge 2 ] || { echo "quickstart.sh: error: $1 needs a value" >&2; exit 2; }
+    shift 2
+done
+
+title() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+run() {
+    printf '\n$ %s\n' "$*"
+    "$@"
+}
+
+title "Environment"
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+    source .venv/bin/activate
+fi
+# Without a GPU the CPU build of PyTorch is enough; left to itself pip may choose one of several gigabytes.
+if ! python -c "import torch" 2>/dev/null && ! command -v nvidia-smi >/dev/null; then
+    python -m pip install --quiet torch==2.13.0
+fi
+if ! python -c "import importlib.metadata as m; m.version('megatron-llm'); import matplotlib" 2>/dev/null; then
+    python -m pip install --quiet -e . matplotlib
+fi
+echo "$(python --version), PyTorch $(python -c 'import torch; print(torch.__version__)')"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+
+rm -rf "$OUT/tokenized" "$OUT/weights" "$OUT/sharded" "$OUT/finetuned" "$OUT/merged" "$OUT/hf"
+mkdir -p "$OUT/tokenized"
+
+title "Data, tokenizer and model"
+if [ -z "$DATA" ]; then
+    run python instruct/quickstart/make_data.py --train "$OUT/train.jsonl" --held_out "$OUT/held_out.jsonl"
+else
+    head -n -100 "$DATA" > "$OUT/train.jsonl"
+    tail -n 100 "$DATA" > "$OUT/held_out.jsonl"
+fi
+if [ -z "$MODEL" ]; then
+    MODEL=$OUT/fresh
+    run python instruct/quickstart/make_model.py --data "$OUT/train.jsonl" --out "$MODEL" \
+        ${TOKENIZER:+--tokenizer "$TOKENIZER"}
+fi
+TOKENIZER=${TOKENIZER:-$MODEL/tokenizer.model}
+
+title "Tokenize the instructions"
+run python instruct/preprocess_instruct_data.py \
+    --input="$OUT/train.jsonl" \
+    --output_prefix="$OUT/tokenized/train" \
+    --tokenizer_type=SentencePieceTokenizer \
+    --vocab_file="$TOKENIZER" \
+    --chunk_size=32 \
+    --workers=2 \
+    --vocab_extra_ids_list "<|im_start|>,<|im_end|>" \
+    --question_key=question \
+    --answer_key=response \
+    --system_key=system_prompt
+
+title "Bring the weights in, and cut them for $TP tensor-parallel ranks"
+run python tools/hf_to_megatron.py llama2 --model-path "$MODEL" --out "$OUT/weights"
+run python tools/checkpoint_util.py \
+    --target_tensor_parallel_size "$TP" \
+    --target_pipeline_parallel_size 1 \
+    --load_dir "$OUT/weights" \
+    --save_dir "$OUT/sharded" \
+    --model_type llama2 \
+    --bf16
+
+title "Train"
+run torchrun --standalone --nproc_per_node "$TP" finetune.py \
+    --tensor_model_parallel_size "$TP" \
+    --pipeline_model_parallel_size 1 \
+    --load "$OUT/sharded" \
+    --save "$OUT/finetuned" \
+    --tensorboard_dir "$OUT/finetuned/tensorboard" \
+    --data_path "$OUT/tokenized/train" \
+    --model_name llama2 \
+    --tokenizer_type SentencePieceTokenizer \
+    --vocab_file="$TOKENIZER" \
+    --bf16 \
+    --use_flash_attn \
+    --micro_batch_size 64 \
+    --global_batch_size 64 \
+    --sequence_parallel \
+    --recompute_granularity selective \
+    --use_checkpoint_args \
+    --data_type instruction \
+    --variable_seq_lengths \
+    --vocab_extra_ids_list "<|im_start|>,<|im_end|>" \
+    --log_interval 10 --save_interval 1000 --eval_interval 250 --eval_iters 5 \
+    --train_iters "$ITERS" --lr_decay_style cosine --lr_warmup_fraction 0.1 --lr 4e-3 --min_lr 2e-4 --adam_beta2 0.98 |
+    tee "$OUT/training.log"
+
+title "Merge, and export to Hugging Face"
+run python tools/checkpoint_util.py \
+    --target_tensor_parallel_size 1 \
+    --target_pipeline_parallel_size 1 \
+    --load_dir "$OUT/finetuned" \
+    --save_dir "$OUT/merged" \
+    --model_type llama2
+run python tools/megatron_to_hf.py --input_dir "$OUT/merged" --output_dir "$OUT/hf"
+
+title "What it has learned"
+run python instruct/quickstart/plot_loss.py --log "$OUT/training.log" --out "$OUT/loss.png"
+run python instruct/quickstart/evaluate.py --before "$MODEL" --after "$OUT/hf" --questions "$OUT/held_out.jsonl"
+printf '\nDone in %d minutes and %d seconds. The model is in %s, the loss curve in %s.\n' \
+    $((SECONDS / 60)) $((SECONDS % 60)) "$OUT/hf" "$OUT/loss.png"
