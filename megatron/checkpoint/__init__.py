@@ -4,6 +4,7 @@ Out: folders of safetensors and JSON that become visible only when whole. In: th
 Loading never runs code from a file.
 """
 
+from megatron.checkpoint.folder import changed_files
 from megatron.checkpoint.load import Checkpoint, open_checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.checkpoint.store import Slice, TensorStore
@@ -13,6 +14,7 @@ __all__ = [
     "Checkpoint",
     "Slice",
     "TensorStore",
+    "changed_files",
     "open_checkpoint",
     "save_checkpoint",
     "vocabulary_size",

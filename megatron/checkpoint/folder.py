@@ -145,7 +145,9 @@ def damage(folder: Path) -> str | None:
 
 
 def changed_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint that are not what was written, by checksum; reads all of it."""
+    """The files of a checkpoint that are not what was written, by checksum; reads all of it. No manifest, no answer."""
+    if not (folder / MANIFEST).is_file():
+        return []
     files = json.loads((folder / MANIFEST).read_text())["files"]
     return [folder / name for name, expected in files.items() if file_checksum(folder / name) != expected["checksum"]]
 

@@ -1,5 +1,6 @@
 """How an entry script ends: exit codes and the last line on standard error."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ def run_entry(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
     try:
         main(list(argv))
     except UsageError as error:
-        return _end(f"{program}: error: {error}", WRONG_USAGE)
+        return _end(f"{program}: error: {error}" if _is_first_rank() else "", WRONG_USAGE)
     except (ValueError, OSError) as error:
         return _end(f"{program}: failed: {error}", FAILED)
     except KeyboardInterrupt:
@@ -28,5 +29,11 @@ def run_entry(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
 
 
 def _end(message: str, code: int) -> int:
-    print(message, file=sys.stderr, flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     return code
+
+
+def _is_first_rank() -> bool:
+    """A wrong flag is wrong on every rank that a launcher started; one of them says so."""
+    return os.environ.get("RANK", "0") == "0"

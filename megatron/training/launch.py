@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from megatron.checkpoint import Checkpoint
+from megatron.checkpoint import Checkpoint, changed_files
 from megatron.config import RunConfig, UsageError
 from megatron.data import DataSplit, DataSplits, InstructionBatches, RowOptions, build_instruction_splits
 from megatron.optim.groups import build_optimizer
@@ -89,6 +89,7 @@ def run(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str] =
 
 def _run(setting: Setting, on_signal: StopOnSignal | None) -> None:
     config, checkpoint = setting.config, setting.checkpoint
+    _verify(setting)
     model = build_model(config, setting.vocab_size, setting.mesh)
     fill_model(model, config, checkpoint, setting.vocab_size, setting.mesh, setting.say)
     setting.say(_description(setting, model))
@@ -101,6 +102,14 @@ def _run(setting: Setting, on_signal: StopOnSignal | None) -> None:
     trainer = _trainer(setting, model, engine, evaluator, on_signal)
     trainer.train()
     evaluator.evaluate_all(trainer.state.progress)
+
+
+def _verify(setting: Setting) -> None:
+    """Stop, all ranks alike, if a file of the checkpoint is not what was written."""
+    checkpoint, mesh = setting.checkpoint, setting.mesh
+    changed = changed_files(checkpoint.folder) if checkpoint and mesh.is_main else []
+    if mesh.any(bool(changed)):
+        raise ValueError(f"checkpoint {checkpoint and checkpoint.folder} is damaged: {', '.join(map(str, changed))}")
 
 
 def _global_batch_size(config: RunConfig, layout: Layout) -> int:
@@ -197,5 +206,14 @@ def _description(setting: Setting, model: ParallelModel) -> str:
             f"{mesh.ranks.size()} ranks on {mesh.device.type}: {mesh.size('tp')} tensor x {mesh.size('pp')} pipeline x "
             f"{mesh.size('dp')} data; global batch {setting.global_batch_size} samples",
             f"rows: {rows}",
+            *_truncation(setting),
         ]
     )
+
+
+def _truncation(setting: Setting) -> list[str]:
+    """How many training rows are too long, where there are any."""
+    train, length = setting.splits.train, setting.config.data.seq_length
+    assert length
+    longer = int((train.dataset.lengths[train.indices] > length + 1).sum()) if train else 0
+    return [f"{longer:,} training rows are longer than --seq_length {length} and are cut off there"] if longer else []
