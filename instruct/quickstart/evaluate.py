@@ -27,7 +27,8 @@ def main(argv: list[str]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.after)
-    rows = [json.loads(line) for line in Path(options.questions).open(encoding="utf-8")][: options.count]
+    lines = Path(options.questions).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[: options.count]]
     for name, folder in {"before": options.before, "after": options.after}.items():
         model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
