@@ -10,12 +10,17 @@
 #   --tokenizer FILE  a SentencePiece model; by default the model's, or one trained on the data
 #   --tp N            tensor-parallel size (2)
 #   --iters N         iterations (500)
+#   --questions N     held-out questions to ask (100)
 #   --out DIR         where everything goes (quickstart/)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-MODEL="" DATA="" TOKENIZER="" TP=2 ITERS=500 OUT=quickstart
+MODEL="" DATA="" TOKENIZER="" TP=2 ITERS=500 QUESTIONS=100 OUT=quickstart
 while [ $# -gt 0 ]; do
+    case "$1" in
+        -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    esac
+    [ $# -ge 2 ] || { echo "quickstart.sh: error: $1 needs a value, or is unknown; see --help" >&2; exit 2; }
     case "$1" in
         --model) MODEL=$2 ;;
         --data) DATA=$2 ;;
@@ -23,10 +28,9 @@ while [ $# -gt 0 ]; do
         --tp) TP=$2 ;;
         --iters) ITERS=$2 ;;
         --out) OUT=$2 ;;
-        -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --questions) QUESTIONS=$2 ;;
         *) echo "quickstart.sh: error: unknown option $1; see --help" >&2; exit 2 ;;
     esac
-    [ $# -ge 2 ] || { echo "quickstart.sh: error: $1 needs a value" >&2; exit 2; }
     shift 2
 done
 
@@ -127,6 +131,7 @@ run python tools/megatron_to_hf.py --input_dir "$OUT/merged" --output_dir "$OUT/
 
 title "What it has learned"
 run python instruct/quickstart/plot_loss.py --log "$OUT/training.log" --out "$OUT/loss.png"
-run python instruct/quickstart/evaluate.py --before "$MODEL" --after "$OUT/hf" --questions "$OUT/held_out.jsonl"
+run python instruct/quickstart/evaluate.py --before "$MODEL" --after "$OUT/hf" --questions "$OUT/held_out.jsonl" \
+    --count "$QUESTIONS"
 printf '\nDone in %d minutes and %d seconds. The model is in %s, the loss curve in %s.\n' \
     $((SECONDS / 60)) $((SECONDS % 60)) "$OUT/hf" "$OUT/loss.png"

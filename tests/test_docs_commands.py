@@ -16,7 +16,7 @@ SENTENCES = [
     for a, name in enumerate(["Anna", "Ben", "Clara", "David", "Emma", "Felix"], 2)
     for b, thing in enumerate(["apples", "books", "coins", "eggs", "pens", "stones"], 3)
 ]
-FOREIGN_FLAGS = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "logdir", "help"}
+FOREIGN_FLAGS = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "logdir", "help", "flag"}
 """Flags of torchrun and TensorBoard that the pages name."""
 
 

@@ -42,7 +42,11 @@ def main(argv: list[str]) -> None:
     load, save = Path(options.load_dir), Path(options.save_dir)
     if load.resolve() == save.resolve():
         raise UsageError("--save_dir is --load_dir; give another folder, so that nothing is overwritten")
-    checkpoint = open_checkpoint(load, options.load_iters)
+    checkpoint = open_checkpoint(load, options.load_iters, reads_all=True)
+    for warning in checkpoint.warnings:
+        print(f"warning: {warning}")
+    if not checkpoint.is_hugging_face and options.model_type not in (None, checkpoint.model.model_name):
+        print(f"note: the checkpoint is of {checkpoint.model.model_name}; --model_type {options.model_type} is ignored")
     layout = Layout(options.target_tensor_parallel_size, options.target_pipeline_parallel_size)
     dtype = torch.bfloat16 if options.bf16 else None
     with Progress(checkpoint.weights, dtype) as progress:
@@ -57,8 +61,6 @@ def main(argv: list[str]) -> None:
         )
     for file in load.glob("tokenizer.model"):
         shutil.copyfile(file, save / file.name)
-    for warning in checkpoint.warnings:
-        print(f"warning: {warning}")
     added = (options.true_vocab_size or checkpoint.vocab_size) - checkpoint.vocab_size
     if added:
         print(f"vocabulary: {checkpoint.vocab_size} -> {options.true_vocab_size} rows ({added:+d})")

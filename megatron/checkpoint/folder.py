@@ -9,10 +9,12 @@
         manifest.json                        size and crc32 of every other file
 
 A checkpoint is written to SAVE/.iter_0000100.tmp and renamed. Every rank writes its own files; the main rank the rest.
+One that is written again waits as SAVE/.iter_0000100.old until the new one has its name.
 """
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,20 +79,52 @@ def writing(
     temporary, final = save / f".{name}.tmp", save / name
     if is_main:
         save.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _clear_leftovers(save)
         temporary.mkdir()
     barrier()
-    yield Writing(temporary, rank)
+    try:
+        yield Writing(temporary, rank)
+        barrier()
+        if is_main:
+            _merge_manifest(temporary)
+            _publish(temporary, final)
+            replace_file(save / TRACKER, (RELEASE if iteration is None else str(iteration)).encode() + b"\n")
+    except BaseException:
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     barrier()
-    if is_main:
-        _merge_manifest(temporary)
-        _sync_folder(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync_folder(save)
-        replace_file(save / TRACKER, (RELEASE if iteration is None else str(iteration)).encode() + b"\n")
-    barrier()
+
+
+def _clear_leftovers(save: Path) -> None:
+    """Remove what crashes left behind; a checkpoint that was about to be replaced gets its name back."""
+    for pattern in (".iter_*.tmp", f".{RELEASE}.tmp"):
+        for temporary in save.glob(pattern):
+            shutil.rmtree(temporary)
+    for pattern in (".iter_*.old", f".{RELEASE}.old"):
+        for replaced in save.glob(pattern):
+            final = save / replaced.name.removeprefix(".").removesuffix(".old")
+            if final.exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(final)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a whole checkpoint its name; at every instant it or the one it replaces can be loaded."""
+    for folder in (temporary, *(path for path in temporary.iterdir() if path.is_dir())):
+        _sync_folder(folder)
+    replaced = _replaced(final)
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    _sync_folder(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
 
 
 def _merge_manifest(folder: Path) -> None:
@@ -99,7 +133,8 @@ def _merge_manifest(folder: Path) -> None:
         for line in part.read_text().splitlines():
             files |= json.loads(line)
         part.unlink()
-    write_bytes(folder / MANIFEST, json.dumps({"checksum": CHECKSUM, "files": files}, indent=1).encode() + b"\n")
+    data = json.dumps({"checksum": CHECKSUM, "files": files}, indent=1)
+    write_bytes(folder / MANIFEST, data.encode())  # ends with its brace: a manifest cut anywhere is no JSON
 
 
 def write_bytes(path: Path, data: bytes) -> Written:
@@ -127,8 +162,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder by its manifest, as far as sizes and small files tell; None if nothing."""
+def damage(folder: Path, *, reads_all: bool = False) -> str | None:
+    """What is wrong with a checkpoint folder by its manifest; None if nothing.
+
+    Sizes are always compared, checksums of JSON files only, unless `reads_all`.
+    """
+    if not folder.is_dir():
+        return f"{folder} is missing"
     try:
         files: Mapping[str, Mapping[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
         for name, expected in files.items():
@@ -137,7 +177,7 @@ def damage(folder: Path) -> str | None:
                 return f"{path} is missing"
             if path.stat().st_size != expected["size"]:
                 return f"{path} has {path.stat().st_size} bytes instead of {expected['size']}"
-            if path.suffix == ".json" and file_checksum(path) != expected["checksum"]:
+            if (reads_all or path.suffix == ".json") and file_checksum(path) != expected["checksum"]:
                 return f"{path} was changed: its {CHECKSUM} is not that of the manifest"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{folder / MANIFEST} cannot be read: {error!r}"
@@ -161,12 +201,13 @@ def file_checksum(path: Path, chunk: int = 1 << 24) -> str:
     return f"{crc:08x}"
 
 
-def newest_whole(load: Path, iteration: int | None) -> tuple[Path, list[str]]:
+def newest_whole(load: Path, iteration: int | None, *, reads_all: bool = False) -> tuple[Path, list[str]]:
     """The checkpoint folder in `load` to read, and warnings about damaged ones passed over.
 
     Args:
         load: a folder with a tracker.
         iteration: this one and no other; None: the one the tracker names, or the newest whole one if that is damaged.
+        reads_all: compare all checksums, not only those of small files.
 
     Raises:
         ValueError: there is none.
@@ -174,15 +215,16 @@ def newest_whole(load: Path, iteration: int | None) -> tuple[Path, list[str]]:
     if iteration is not None:
         folder = load / folder_name(iteration)
         if not folder.is_dir():
-            have = ", ".join(sorted(path.name for path in _iterations(load))) or "none"
+            have = ", ".join(path.name for path in iteration_folders(load)) or "none"
             raise ValueError(f"{load} has no checkpoint of iteration {iteration}; there are: {have}")
         candidates: Iterable[Path] = [folder]
     else:
         named = _tracked(load)
-        candidates = [named, *(path for path in sorted(_iterations(load), reverse=True) if path != named)]
+        replaced = [_replaced(named)] if _replaced(named).is_dir() else []
+        candidates = [named, *replaced, *(path for path in reversed(iteration_folders(load)) if path != named)]
     warnings: list[str] = []
     for folder in candidates:
-        problem = damage(folder)
+        problem = damage(folder, reads_all=reads_all)
         if problem is None:
             return folder, [f"{w}; going back to {folder}" for w in warnings]
         warnings.append(f"checkpoint {folder} is damaged: {problem}")
@@ -196,5 +238,7 @@ def _tracked(load: Path) -> Path:
     return load / folder_name(None if text == RELEASE else int(text))
 
 
-def _iterations(load: Path) -> list[Path]:
-    return [path for path in load.glob("iter_*") if path.is_dir()]
+def iteration_folders(load: Path) -> list[Path]:
+    """The folders of iterations in `load`, oldest first."""
+    found = [path for path in load.glob("iter_*") if path.is_dir() and re.fullmatch(r"iter_\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("iter_")))

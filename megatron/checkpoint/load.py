@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.folder import RELEASE, RUN, TRACKER, damage, newest_whole
+from megatron.checkpoint.folder import RELEASE, RUN, TRACKER, damage, iteration_folders, newest_whole
 from megatron.checkpoint.save import state_name
 from megatron.checkpoint.store import SlicedStore, open_files
 from megatron.checkpoint.vocabulary import vocabulary_size
@@ -51,6 +51,11 @@ class Checkpoint:
         return vocabulary_size(self.weights)
 
     @property
+    def is_hugging_face(self) -> bool:
+        """Whether this is a Hugging Face folder, which says nothing of a family, progress or precision."""
+        return (self.folder / HF_CONFIG).is_file()
+
+    @property
     def tokenizer_files(self) -> list[Path]:
         """The files of its tokenizer."""
         folder = self.tokenizer_folder
@@ -71,12 +76,13 @@ class Checkpoint:
         return {**config["model"], **parallel, **length}
 
 
-def open_checkpoint(load: Path, iteration: int | None = None) -> Checkpoint:
+def open_checkpoint(load: Path, iteration: int | None = None, *, reads_all: bool = False) -> Checkpoint:
     """The weights that `load` names.
 
     Args:
         load: a folder with a tracker, an iteration's own folder, or a Hugging Face model folder.
         iteration: which one of a folder with a tracker; by default the newest.
+        reads_all: compare the checksums of all files, not only sizes and the small ones: takes as long as reading them.
 
     Raises:
         ValueError: there are none, or they are damaged; with the file and what is wrong.
@@ -84,17 +90,23 @@ def open_checkpoint(load: Path, iteration: int | None = None) -> Checkpoint:
     if not load.is_dir():
         raise ValueError(f"--load {load}: no such folder")
     if (load / TRACKER).is_file():
-        return _open(*newest_whole(load, iteration))
+        return _open(*newest_whole(load, iteration, reads_all=reads_all))
     if (load / RUN).is_file():
-        problem = damage(load)
+        problem = damage(load, reads_all=reads_all)
         if problem:
             raise ValueError(f"checkpoint {load} is damaged: {problem}")
-        return _open(load, [])
-    if (load / HF_CONFIG).is_file():
-        return _open_hf(load)
-    raise ValueError(
-        f"--load {load} is no checkpoint: it has neither {TRACKER} nor {RUN} nor {HF_CONFIG} (a Hugging Face model)"
-    )
+        checkpoint = _open(load, [])
+    elif (load / HF_CONFIG).is_file():
+        checkpoint = _open_hf(load)
+    else:
+        folders = iteration_folders(load)
+        hint = f"; to load {folders[-1].name} in it, name that folder" if folders else ""
+        raise ValueError(
+            f"{load} is no checkpoint: it has neither {TRACKER} nor {RUN} nor {HF_CONFIG} (a Hugging Face model){hint}"
+        )
+    if iteration is not None and checkpoint.iteration != iteration:
+        raise ValueError(f"{load} is of iteration {checkpoint.iteration}, not {iteration}")
+    return checkpoint
 
 
 def _open(folder: Path, warnings: list[str]) -> Checkpoint:
@@ -112,6 +124,9 @@ def _open(folder: Path, warnings: list[str]) -> Checkpoint:
         warnings=tuple(warnings),
     )
     check_complete(weights.names(), checkpoint.model, folder)
+    for store in (weights, checkpoint.optimizer):
+        if store:
+            store.check_whole()
     return checkpoint
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.folder import folder_name
 from megatron.checkpoint.load import Checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.checkpoint.store import Entry, Ranges, Slice, TensorStore
 from megatron.checkpoint.vocabulary import vocabulary_size, with_vocabulary
-from megatron.config import ModelConfig
+from megatron.config import ModelConfig, UsageError
 from megatron.parallel.plan import check_layout, split_of, stage_of, tensor_ranges
 
 FLAGS = ("--target_tensor_parallel_size", "--target_pipeline_parallel_size")
@@ -24,6 +25,11 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
+
+    def __post_init__(self) -> None:
+        for flag, size in zip(FLAGS, (self.tensor, self.pipeline), strict=True):
+            if size < 1:
+                raise UsageError(f"{flag} {size} is not positive")
 
 
 def reshard(
@@ -42,14 +48,20 @@ def reshard(
         checkpoint: of any layout, or a Hugging Face folder.
         save: a folder of checkpoints.
         layout: for which one file a rank is written.
-        model_name: the family to note, where the source does not know it.
+        model_name: the family to note for a Hugging Face folder; any other checkpoint knows its own.
         vocab_size: rows of the vocabulary; by default as stored.
         dtype: of the weights; by default as stored.
         progress: is told the bytes written.
 
     Raises:
-        UsageError: the model does not divide over the layout.
+        UsageError: the model does not divide over the layout, `vocab_size` is not positive, or `checkpoint` itself
+            would be overwritten.
     """
+    iteration = checkpoint.iteration or None
+    if (save / folder_name(iteration)).resolve() == checkpoint.folder.resolve():
+        raise UsageError(f"--save_dir {save} would overwrite the checkpoint that is read; give another folder")
+    if vocab_size is not None and vocab_size < 1:
+        raise UsageError(f"--true_vocab_size {vocab_size} is not positive")
     run = _description(checkpoint, layout, model_name)
     model = ModelConfig(**run["config"]["model"])
     check_layout(model, layout.tensor, layout.pipeline, FLAGS)
@@ -62,7 +74,6 @@ def reshard(
         for stage in range(layout.pipeline)
         for tensor in range(layout.tensor)
     }
-    iteration = checkpoint.iteration or None
     return save_checkpoint(save, iteration, run, files, checkpoint.tokenizer_files, progress=progress)
 
 
@@ -83,6 +94,8 @@ def _slices(
         shape = weights.shape(name)
         ranges = tensor_ranges(name, shape, model, layout.tensor, tensor)
         entry = Entry(name, dtype or weights.dtype(name), tuple(r.stop - r.start for r in ranges))
+        if not entry.size:
+            continue
         yield Slice(name, shape, tuple(r.start for r in ranges), entry, partial(_read, weights, ranges, entry))
 
 
@@ -93,9 +106,9 @@ def _read(weights: TensorStore, ranges: Ranges, entry: Entry) -> torch.Tensor:
 def _description(checkpoint: Checkpoint, layout: Layout, model_name: str | None) -> dict[str, Any]:
     """run.json of the new checkpoint: the old one's, without what belongs to the optimizer."""
     config: Mapping[str, Any] = checkpoint.run["config"]
-    model = {**config["model"], **({"model_name": model_name} if model_name else {})}
+    model = {**config["model"], **({"model_name": model_name} if model_name and checkpoint.is_hugging_face else {})}
     sizes = {"tensor_model_parallel_size": layout.tensor, "pipeline_model_parallel_size": layout.pipeline}
-    kept = ("iteration", "consumed_samples", "tokens", "tokenizer_fingerprint", "versions")
+    kept = ("iteration", "consumed_samples", "schedule", "tokens", "tokenizer_fingerprint", "versions")
     return {
         "config": {**config, "model": model, "parallel": {**config.get("parallel", {}), **sizes}},
         **{key: checkpoint.run[key] for key in kept if key in checkpoint.run},

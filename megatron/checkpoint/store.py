@@ -124,11 +124,11 @@ class SlicedStore:
         """The tensor or a part of it, from every file that holds some of it.
 
         Raises:
-            ValueError: no file holds some of it, or a file is damaged.
+            ValueError: no file holds some of it, there is no such tensor, or it is larger than the tensor.
         """
         wanted = ranges or tuple(slice(0, size) for size in self.shape(name))
         result = torch.empty([r.stop - r.start for r in wanted], dtype=self.dtypes[name])
-        missing = result.numel()
+        outstanding = result.numel()
         for piece in self.pieces[name]:
             held = [slice(o, o + size) for o, size in zip(piece.offsets, piece.shape, strict=True)]
             both = [slice(max(w.start, h.start), min(w.stop, h.stop)) for w, h in zip(wanted, held, strict=True)]
@@ -138,10 +138,19 @@ class SlicedStore:
             target = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(both, wanted, strict=True))
             part = piece.file.read(piece.key, source)
             result[target] = part
-            missing -= part.numel()
-        if missing:
-            raise ValueError(f"{self.folder}: the files hold {'only a part' if missing > 0 else 'overlaps'} of {name}")
+            outstanding -= part.numel()
+        if outstanding:
+            asked = ", ".join(f"{r.start}:{r.stop}" for r in wanted)
+            problem = _tiling_problem(self.shape(name), self.pieces[name]) or f"no part [{asked}]"
+            raise ValueError(f"{self.folder}: the files hold {problem} of {name} {list(self.shape(name))}")
         return result
+
+    def check_whole(self) -> None:
+        """Raise `ValueError` unless the files hold all of every tensor, and no part of one twice."""
+        for name, pieces in self.pieces.items():
+            problem = _tiling_problem(self.shapes[name], pieces)
+            if problem:
+                raise ValueError(f"{self.folder}: the files hold {problem} of {name} {list(self.shapes[name])}")
 
     def renamed(self, rename: Callable[[str], str]) -> "SlicedStore":
         """The same tensors under other names."""
@@ -177,3 +186,23 @@ def open_files(folder: Path, files: Sequence[Path]) -> SlicedStore:
                 raise ValueError(f"{path}: {name} is {list(whole)} {dtype} here but {known} in another file")
             pieces.setdefault(name, []).append(Piece(file, name, content.offsets, content.shape))
     return SlicedStore(folder, pieces, shapes, dtypes)
+
+
+def _tiling_problem(shape: tuple[int, ...], pieces: Sequence[Piece]) -> str | None:
+    """Why `pieces` are not all of a tensor of `shape`, each element once; None if they are.
+
+    The borders of the pieces divide the tensor into cells; each cell is to be covered once.
+    """
+    borders = [
+        sorted({0, size, *(p.offsets[d] for p in pieces), *(p.offsets[d] + p.shape[d] for p in pieces)})
+        for d, size in enumerate(shape)
+    ]
+    if any((b[0], b[-1]) != (0, size) for b, size in zip(borders, shape, strict=True)):
+        return "a part that lies outside"
+    places = [{border: place for place, border in enumerate(b)} for b in borders]
+    times = torch.zeros([len(b) - 1 for b in borders], dtype=torch.int32)
+    for piece in pieces:
+        times[tuple(slice(at[o], at[o + n]) for at, o, n in zip(places, piece.offsets, piece.shape, strict=True))] += 1
+    if bool((times == 0).any()):
+        return "only a part"
+    return "a part twice" if bool((times > 1).any()) else None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron.config.families import FAMILIES
+from megatron.config.model import ModelConfig
 
 if TYPE_CHECKING:
     from megatron.config.run import RunConfig
@@ -18,7 +19,9 @@ COMING: dict[str, Callable[["RunConfig"], object]] = {
     "a --tokenizer_type other than SentencePieceTokenizer": lambda c: (
         c.tokenizer.tokenizer_type not in (None, "SentencePieceTokenizer")
     ),
-    f"a --model_name other than {', '.join(FAMILIES)}": lambda c: c.model.model_name not in FAMILIES,
+    f"a --model_name other than {', '.join(FAMILIES)} (the default is {ModelConfig.model_name})": lambda c: (
+        c.model.model_name not in FAMILIES
+    ),
 }
 """What is not available yet -> whether a run asks for it."""
 

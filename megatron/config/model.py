@@ -66,6 +66,11 @@ class ModelConfig:
             )
         if heads and kv_heads and heads % kv_heads:
             raise UsageError(f"--num_attention_heads {heads} is not a multiple of --num_attention_heads_kv {kv_heads}")
+        if self.position_embedding_type == "rotary" and self.kv_channels and self.kv_channels % 2:
+            raise UsageError(
+                f"--kv_channels {self.kv_channels}, by default --hidden_size / --num_attention_heads, is odd; "
+                "rotary positions turn pairs of channels, make it even"
+            )
 
 
 POSITIVE = (

@@ -26,6 +26,20 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.clip_grad < 0:
             raise UsageError(f"--clip_grad {self.clip_grad} is negative; 0 means no clipping")
+        start, end = self.start_weight_decay, self.end_weight_decay
+        if self.weight_decay_incr_style != "constant":
+            if start is None or end is None:
+                raise UsageError(
+                    f"--weight_decay_incr_style {self.weight_decay_incr_style} needs --start_weight_decay and "
+                    "--end_weight_decay"
+                )
+            return
+        for flag, value in (("--start_weight_decay", start), ("--end_weight_decay", end)):
+            if value not in (None, self.weight_decay):
+                raise UsageError(
+                    f"{flag} {value} differs from --weight_decay {self.weight_decay}, but --weight_decay_incr_style "
+                    "is constant; choose linear or cosine"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def parse_flags(
-    argv: Sequence[str], groups: Sequence[type], *, prog: str, description: str, epilog: str = ""
-) -> dict[str, Any]:
+def parse_flags(argv: Sequence[str], groups: Sequence[type], *, prog: str, description: str) -> dict[str, Any]:
     """The flags that were typed, by field name, and only those.
 
     Dashes and underscores in flag names are the same; `--flag value` and `--flag=value` both work; names are never
@@ -29,7 +27,6 @@ def parse_flags(
     parser = _Parser(
         prog=prog,
         description=description,
-        epilog=epilog,
         allow_abbrev=False,
         usage="%(prog)s [flags]" if len(groups) > 1 else None,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),
@@ -96,7 +93,7 @@ def _add(section: Any, flag: Flag) -> None:
     if flag.repeated:
         arguments["nargs"] = details["nargs"] or "*"
     if details["positional"]:
-        if not flag.required:
+        if not flag.required and not flag.repeated:
             arguments["nargs"] = "?"
         section.add_argument(flag.name, **arguments)
         return

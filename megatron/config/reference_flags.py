@@ -86,8 +86,12 @@ def sort_out(argv: list[str]) -> Sorted:
         if name in LATER:
             return Sorted(argv, notes, f"{name}: {LATER[name]} is not available yet; remove it")
         if name in ACCEPTED or f"{name}=" in ACCEPTED:
-            if f"{name}=" in ACCEPTED and not equals:
-                next(words, None)
+            takes_value = f"{name}=" in ACCEPTED
+            has_value = bool(equals) or (takes_value and not next(words, "--").startswith("--"))
+            if has_value != takes_value:
+                return Sorted(
+                    argv, notes, f"{name} takes {'a' if takes_value else 'no'} value; it has no effect: remove it"
+                )
             notes.append(f"{name} has no effect: {ACCEPTED.get(name) or ACCEPTED[f'{name}=']}")
             continue
         rest.append(ALIASES.get(name, name) + equals + value)

@@ -8,7 +8,7 @@ from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.coming import COMING
 from megatron.config.data import DataConfig, TokenizerConfig
 from megatron.config.errors import UsageError
-from megatron.config.families import FAMILIES, Family
+from megatron.config.families import FAMILIES
 from megatron.config.log import LoggingConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig, ScheduleConfig
@@ -115,8 +115,7 @@ def resolve_run(typed: Mapping[str, Any], stored: Mapping[str, Any] | None = Non
     takes_stored = bool(typed.get("use_checkpoint_args"))
     taken = {name: value for name, value in (stored or {}).items() if name != "pipeline_model_parallel_size"}
     values = {**(taken if takes_stored else {}), **typed}
-    family = FAMILIES.get(values.get("model_name", ModelConfig.model_name))
-    values = {**_preset(family, typed), **values}
+    values = {**_preset(values.get("model_name", ModelConfig.model_name), typed), **values}
     if takes_stored and stored:
         _compare({name: typed[name] for name in SHAPES if name in typed}, stored, "leave the flag out")
     values = _derived(values, loads="load" in typed)
@@ -135,14 +134,15 @@ def _groups(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(GROUPS, build(RUN_GROUPS, values), strict=True))
 
 
-def _preset(family: Family | None, typed: Mapping[str, Any]) -> dict[str, Any]:
+def _preset(model_name: str, typed: Mapping[str, Any]) -> dict[str, Any]:
     """The family's values; `UsageError` where a typed flag contradicts what it requires."""
-    if family is None:
+    if model_name not in FAMILIES:
         return {}
+    family = FAMILIES[model_name]
     for name, value in family.requires.items():
         if name in typed and typed[name] != value:
             raise UsageError(
-                f"{flag_of(name)} {typed[name]} contradicts --model_name {typed['model_name']}, "
+                f"{flag_of(name)} {typed[name]} contradicts --model_name {model_name}, "
                 f"which has {name} = {value}; leave the flag out"
             )
     return {**family.requires, **family.advises}

@@ -33,7 +33,7 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "global_batch_size", "eval_interval", "train_iters", "train_samples"):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"--{name} {value} is not positive")
@@ -42,6 +42,12 @@ class TrainingConfig:
             raise UsageError(f"--global_batch_size {total} is not a multiple of --micro_batch_size {micro}")
         if self.train_iters and self.train_samples:
             raise UsageError("--train_iters and --train_samples exclude each other; give one")
+
+
+POSITIVE = (
+    *("micro_batch_size", "global_batch_size", "train_iters", "train_samples"),
+    *("exit_interval", "exit_duration_in_mins", "eval_interval"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,10 +58,10 @@ def export_tokenizer(source: Path, target: Path) -> None:
     (target / MODEL_FILE).write_bytes((source / MODEL_FILE).read_bytes())
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     ends_turn = MESSAGE_END in tokenizer.special_tokens
+    # no unk_token: transformers would cut text at its name, which training takes for ordinary text
     special = {
         "bos_token": names.get(tokenizer.bos_id or -1),
         "eos_token": MESSAGE_END if ends_turn else names.get(tokenizer.eos_id or -1),
-        "unk_token": proto.pieces[proto.trainer_spec.unk_id].piece,
         "pad_token": names.get(tokenizer.pad_id if tokenizer.pad_id is not None else -1),
     }
     special = {key: value for key, value in special.items() if value is not None}

@@ -50,6 +50,9 @@ def test_boolean_with_a_value(argv: list[str], value: bool) -> None:
         (["stray"], "unexpected argument 'stray'"),
         (["--num-classes", "3"], "--num_classes belongs to vision models, which this toolkit does not have"),
         (["--fp8_e4m3"], "--fp8_e4m3: FP8 is not available yet"),
+        (["--DDP_impl", "--bf16"], "--DDP_impl takes a value"),
+        (["--DDP_impl"], "--DDP_impl takes a value"),
+        (["--no_bias_gelu_fusion=1"], "--no_bias_gelu_fusion takes no value"),
     ],
 )
 def test_mistakes_are_named(argv: list[str], message: str) -> None:
@@ -76,11 +79,12 @@ class Tool:
     family: str = option(help="", choices=("a", "b"), positional=True)
     out: str = option(help="")
     fast: bool = option(True, "")
+    files: tuple[str, ...] = option((), "", nargs="+")
 
 
 def test_options_of_a_tool() -> None:
-    (tool,) = parse_command(["a", "--out", "x", "--no-fast"], Tool, prog="tool", description="")
-    assert tool == Tool(family="a", out="x", fast=False)
+    (tool,) = parse_command(["a", "--out", "x", "--no-fast", "--files", "1", "2"], Tool, prog="tool", description="")
+    assert tool == Tool(family="a", out="x", fast=False, files=("1", "2"))
     for argv in (["a"], ["--out", "x"], ["c", "--out", "x"]):
         with pytest.raises(UsageError):
             parse_command(argv, Tool, prog="tool", description="")

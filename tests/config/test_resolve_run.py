@@ -99,14 +99,21 @@ def test_a_lost_rotary_setting_is_found() -> None:
         ({"data_path": ("a",), "train_data_path": ("b",)}, "--data_path and --train_data_path exclude"),
         ({"num_attention_heads": 3}, "--hidden_size 256 is not a multiple of --num_attention_heads 3"),
         ({"num_attention_heads_kv": 3}, "--num_attention_heads 4 is not a multiple of --num_attention_heads_kv 3"),
+        ({"kv_channels": 5}, "--kv_channels 5"),
         ({"rope_scaling_factor": 0.5}, "--rope_scaling_factor 0.5 is below 1"),
+        ({"exit_interval": 0}, "--exit_interval 0 is not positive"),
+        ({"end_weight_decay": 0.1}, "--end_weight_decay 0.1 differs from --weight_decay 0.01"),
+        ({"weight_decay_incr_style": "linear"}, "needs --start_weight_decay and --end_weight_decay"),
         ({"lr": None}, "give --lr"),
         ({"train_iters": None}, "give --train_iters or --train_samples"),
         ({"micro_batch_size": None}, "--micro_batch_size is missing"),
         ({"use_checkpoint_args": True}, "--use_checkpoint_args needs --load"),
         ({"pipeline_model_parallel_size": 2}, "--pipeline_model_parallel_size above 1 is not available yet"),
         ({"data_type": "gpt"}, "pass --data_type instruction"),
-        ({"model_name": "falcon"}, "a --model_name other than llama, llama2, codellama is not available yet"),
+        (
+            {"model_name": "falcon"},
+            "--model_name other than llama, llama2, codellama (the default is gpt) is not available yet",
+        ),
         ({"metrics": ("all",)}, "--metrics is not available yet"),
         ({"data_path": ("1", "a", "2", "b")}, "a blend of several data paths is not available yet"),
     ],
@@ -120,6 +127,12 @@ def test_contradictions_name_the_flag(flags: dict[str, Any], message: str) -> No
 def test_a_missing_architecture_points_to_the_checkpoint() -> None:
     with pytest.raises(UsageError, match=r"--num_layers --hidden_size .*--use_checkpoint_args"):
         resolve_run({**NO_ARCHITECTURE, "model_name": "llama2", "load": "x"}, STORED)
+
+
+def test_the_family_of_the_checkpoint_binds_like_a_typed_one() -> None:
+    flags = {**NO_ARCHITECTURE, "load": "x", "use_checkpoint_args": True, "use_bias": True}
+    with pytest.raises(UsageError, match="--use_bias True contradicts --model_name llama2"):
+        resolve_run(flags, STORED)
 
 
 def test_written_down_and_read_again_without_secrets() -> None:

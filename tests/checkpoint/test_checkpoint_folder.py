@@ -1,0 +1,164 @@
+"""A checkpoint exists when it is whole; damage is found, and the newest whole one is taken."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.checkpoint import Slice, changed_files, open_checkpoint, save_checkpoint
+from megatron.checkpoint.folder import writing
+from megatron.config import ModelConfig
+from megatron.hf.rows import parameter_names
+
+SIZES: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 4,
+    "ffn_hidden_size": 6,
+    "num_attention_heads": 2,
+    "num_attention_heads_kv": 2,
+    "kv_channels": 2,
+    "tie_embed_logits": False,
+}
+MODEL = ModelConfig(**SIZES)
+RUN = {"config": {"model": SIZES}, "consumed_samples": 8}
+
+
+def slices(value: float) -> Iterator[Slice]:
+    for name in sorted(parameter_names(MODEL)):
+        yield Slice.of(name, (3,), (0,), torch.full((3,), value))
+
+
+def save(folder: Path, iteration: int | None) -> Path:
+    """A checkpoint filled with its iteration's number."""
+    run = {**RUN, "iteration": iteration}
+    files = {"model/x.safetensors": slices(float(iteration or 0))}
+    return save_checkpoint(folder, iteration, run, files, [])
+
+
+def value(folder: Path, iteration: int | None = None) -> float:
+    """What the opened checkpoint is filled with."""
+    return float(open_checkpoint(folder, iteration).weights.read("final_norm.weight")[0])
+
+
+def test_the_newest_or_the_one_asked_for(tmp_path: Path) -> None:
+    for iteration in (5, 10, 15):
+        save(tmp_path, iteration)
+    assert value(tmp_path) == 15
+    assert value(tmp_path, 10) == 10
+    assert value(tmp_path / "iter_0000005") == 5
+    assert open_checkpoint(tmp_path).iteration == 15
+    with pytest.raises(ValueError, match="no checkpoint of iteration 7; there are: iter_0000005, iter_0000010"):
+        value(tmp_path, 7)
+
+
+def test_a_release_is_iteration_0(tmp_path: Path) -> None:
+    save(tmp_path, None)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "release\n"
+    assert open_checkpoint(tmp_path).iteration == 0
+
+
+def test_saving_again_replaces(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    folder = save(tmp_path, 5)
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model", "run.json"]
+    assert value(tmp_path) == 5
+
+
+def test_several_ranks_write_one_checkpoint(tmp_path: Path) -> None:
+    """Ranks in turn, the main one last, as barriers would have it."""
+    name, whole = "final_norm.weight", torch.arange(6.0)
+    rest = [s for s in slices(1.0) if s.name != name]
+    with writing(tmp_path, 3, rank=0, is_main=True, barrier=lambda: None):
+        for rank in (1, 0):
+            part = Slice.of(name, (6,), (rank * 3,), whole[rank * 3 : rank * 3 + 3])
+            files = {f"model/{rank}.safetensors": [part, *(rest if rank == 0 else [])]}
+            write_as(tmp_path, rank, files)
+    assert torch.equal(open_checkpoint(tmp_path).weights.read(name), whole)
+    manifest = json.loads((tmp_path / "iter_0000003" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"model/0.safetensors", "model/1.safetensors", "run.json"}
+
+
+def write_as(folder: Path, rank: int, files: dict[str, list[Slice]]) -> None:
+    """What one rank does between the barriers."""
+    from functools import partial
+
+    from megatron.checkpoint.folder import Writing
+    from megatron.checkpoint.save import _renamed
+    from megatron.checkpoint.store import write_slices
+
+    own = Writing(folder / ".iter_0000003.tmp", rank)
+    for name, parts in files.items():
+        own.add(name, partial(write_slices, slices=[_renamed(part) for part in parts]))
+    if rank == 0:
+        own.add_json("run.json", {**RUN, "iteration": 3})
+
+
+def test_an_error_while_writing_leaves_the_previous_one(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+
+    def breaks() -> Iterator[Slice]:
+        yield from slices(10.0)
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(tmp_path, 10, RUN, {"model/x.safetensors": breaks()}, [])
+    assert value(tmp_path) == 5
+    save(tmp_path, 10)
+    assert value(tmp_path) == 10
+
+
+@pytest.mark.parametrize("name", ["run.json", "manifest.json", "model/x.safetensors"])
+@pytest.mark.parametrize("kind", ["removed", "cut", "flipped"])
+def test_every_damage_is_found(tmp_path: Path, name: str, kind: str) -> None:
+    save(tmp_path, 5)
+    path = save(tmp_path, 10) / name
+    data = path.read_bytes()
+    if kind == "removed":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(data[:-1])
+    else:
+        path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    if (name, kind) == (
+        "model/x.safetensors",
+        "flipped",
+    ):  # of the right size: found by its checksum, which reads it all
+        assert changed_files(tmp_path / "iter_0000010") == [path]
+        return
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.iteration == 5
+    assert "iter_0000010 is damaged" in checkpoint.warnings[0]
+    assert str(tmp_path / "iter_0000005") in checkpoint.warnings[0]
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        open_checkpoint(tmp_path, 10)
+
+
+def test_a_tracker_ahead_of_its_folder_goes_back(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    shutil.rmtree(save(tmp_path, 10))
+    assert open_checkpoint(tmp_path).iteration == 5
+
+
+def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such folder"):
+        open_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("../../etc\n")
+    with pytest.raises(ValueError, match=r"says '\.\./\.\./etc'"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "vocab_size": 3, "hidden_size": 4, "intermediate_size": 4})[:-1]
+        + ', "num_hidden_layers": 1, "num_attention_heads": 1}'
+    )
+    index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="not a file of that folder"):
+        open_checkpoint(tmp_path)
