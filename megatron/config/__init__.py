@@ -14,7 +14,8 @@ from megatron.config.optimizer import OptimizerConfig, ScheduleConfig
 from megatron.config.option import option
 from megatron.config.parallel import KernelConfig, ParallelConfig
 from megatron.config.parser import build, parse_command, parse_flags
-from megatron.config.run import RunConfig, parse_run, resolve_run
+from megatron.config.resolve import parse_run, resolve_run
+from megatron.config.run import RunConfig
 from megatron.config.training import PrecisionConfig, RecomputeConfig, TrainingConfig
 
 __all__ = [

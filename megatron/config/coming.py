@@ -1,15 +1,12 @@
 """What the command line names but is not built yet: one row each, deleted when it is."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from megatron.config.families import FAMILIES
 from megatron.config.model import ModelConfig
+from megatron.config.run import RunConfig
 
-if TYPE_CHECKING:
-    from megatron.config.run import RunConfig
-
-COMING: dict[str, Callable[["RunConfig"], object]] = {
+COMING: dict[str, Callable[[RunConfig], object]] = {
     "--pipeline_model_parallel_size above 1": lambda c: c.parallel.pipeline_model_parallel_size > 1,
     "--num_layers_per_virtual_pipeline_stage": lambda c: c.parallel.num_layers_per_virtual_pipeline_stage,
     "--data_type gpt (the default; pass --data_type instruction)": lambda c: c.data.data_type == "gpt",
@@ -26,6 +23,6 @@ COMING: dict[str, Callable[["RunConfig"], object]] = {
 """What is not available yet -> whether a run asks for it."""
 
 
-def _paths(config: "RunConfig") -> list[tuple[str, ...] | None]:
+def _paths(config: RunConfig) -> list[tuple[str, ...] | None]:
     data = config.data
     return [data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path]

@@ -162,19 +162,10 @@ def _warmup_samples(
 
 def _weight_decay_range(optimizer: OptimizerConfig) -> tuple[float, float]:
     """(first, last) weight decay."""
-    start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
     if optimizer.weight_decay_incr_style == "constant":
-        given = {"--start_weight_decay": start, "--end_weight_decay": end}
-        for flag, value in given.items():
-            if value is not None and value != optimizer.weight_decay:
-                raise UsageError(
-                    f"{flag} {value} differs from --weight_decay {optimizer.weight_decay}, but "
-                    "--weight_decay_incr_style is constant; choose linear or cosine"
-                )
         return optimizer.weight_decay, optimizer.weight_decay
-    style = optimizer.weight_decay_incr_style
-    if start is None or end is None:
-        raise UsageError(f"--weight_decay_incr_style {style} needs --start_weight_decay and --end_weight_decay")
+    start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
+    assert start is not None and end is not None
     if not 0 <= start <= end:
         raise UsageError(f"--start_weight_decay {start} must be between 0 and --end_weight_decay {end}")
     return start, end

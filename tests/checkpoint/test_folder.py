@@ -122,6 +122,17 @@ def test_a_crash_at_any_instant_leaves_a_whole_checkpoint(
     assert set(loaded) == {"old", "new"}
 
 
+def test_the_only_copy_survives_a_second_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First between the two renames that replace a checkpoint, then early in the next save."""
+    folder = save(tmp_path, 100, OLD)
+    folder.rename(tmp_path / ".iter_0000100.old")
+    assert loads(tmp_path, OLD)
+    with monkeypatch.context() as patch:
+        assert not save_until(patch, 4, tmp_path, 200)
+    assert loads(tmp_path, OLD)
+    assert open_checkpoint(tmp_path).folder == folder
+
+
 def test_a_flipped_bit_is_found_where_all_is_read(tmp_path: Path) -> None:
     save(tmp_path, 100, OLD)
     folder = save(tmp_path, 200, NEW)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config import RunConfig, UsageError, resolve_run
+from megatron.config import UsageError, resolve_run
 
 RUN: dict[str, Any] = {
     "model_name": "llama2",
@@ -135,9 +135,9 @@ def test_the_family_of_the_checkpoint_binds_like_a_typed_one() -> None:
         resolve_run(flags, STORED)
 
 
-def test_written_down_and_read_again_without_secrets() -> None:
+def test_written_down_without_secrets() -> None:
     config = resolve_run({**RUN, "wandb_api_key": "secret", "skip_iters": (1, 2), "data_path": ("x",)})
-    text = json.dumps(config.to_dict())
-    assert "secret" not in text
-    again = RunConfig.from_dict({**json.loads(text), "unknown": {"field": 1}})
-    assert again == resolve_run({**RUN, "skip_iters": (1, 2), "data_path": ("x",)})
+    written = json.loads(json.dumps(config.to_dict()))
+    assert "secret" not in str(written)
+    assert written["training"]["skip_iters"] == [1, 2]
+    assert written["model"]["num_layers"] == 2

@@ -1,0 +1,116 @@
+"""From a command line, a family preset and a checkpoint to the options of a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from megatron.config.coming import COMING
+from megatron.config.errors import UsageError
+from megatron.config.families import FAMILIES
+from megatron.config.model import ModelConfig
+from megatron.config.option import flags_of
+from megatron.config.parser import parse_flags, with_underscores
+from megatron.config.reference_flags import sort_out
+from megatron.config.run import RUN_GROUPS, RunConfig
+
+SHAPES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_attention_heads_kv"),
+    *("kv_channels", "tie_embed_logits"),
+)
+"""Fields that decide the shapes of the weights."""
+MEANINGS = ("rope_theta", "rope_scaling_factor", "layernorm_epsilon")
+"""Fields that change what the weights mean; they differ from the checkpoint only if that is said."""
+ARCHITECTURE = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+"""Fields without a default."""
+
+
+def parse_run(argv: Sequence[str], *, prog: str, description: str) -> tuple[dict[str, Any], list[str]]:
+    """The typed flags of a training run, and lines to tell the user of flags without effect.
+
+    Raises:
+        UsageError: an unknown, refused or malformed flag.
+    """
+    split = sort_out([with_underscores(word) for word in argv])
+    if split.refusal:
+        raise UsageError(split.refusal)
+    return parse_flags(split.argv, RUN_GROUPS, prog=prog, description=description), split.notes
+
+
+def resolve_run(typed: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> RunConfig:
+    """The options of a run: field defaults < family preset < checkpoint < typed flags.
+
+    Args:
+        typed: field name -> value, of the flags that were given.
+        stored: the same, of the architecture (and `seq_length`, parallel sizes) in the checkpoint of `--load`. Its
+            values are taken with `use_checkpoint_args`; without, they are only compared.
+
+    Raises:
+        UsageError: something is missing, contradicts something else, or does not fit the checkpoint.
+    """
+    takes_stored = bool(typed.get("use_checkpoint_args"))
+    taken = {name: value for name, value in (stored or {}).items() if name != "pipeline_model_parallel_size"}
+    values = {**(taken if takes_stored else {}), **typed}
+    values = {**_preset(values.get("model_name", ModelConfig.model_name), typed), **values}
+    if takes_stored and stored:
+        _compare({name: typed[name] for name in SHAPES if name in typed}, stored, "leave the flag out")
+    values = _derived(values, loads="load" in typed)
+    if stored and not takes_stored:
+        checked = {name: values[name] for name in (*SHAPES, *MEANINGS) if name in values}
+        _compare(checked, stored, "take the checkpoint's values by --use_checkpoint_args")
+    config = RunConfig.from_fields(values)
+    for what, asked in COMING.items():
+        if asked(config):
+            raise UsageError(f"{what} is not available yet")
+    return config
+
+
+def flag_of(name: str) -> str:
+    """The flag of the run's option `name`."""
+    return next(flag.flag for group in RUN_GROUPS for flag in flags_of(group) if flag.name == name)
+
+
+def _preset(model_name: str, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The family's values; `UsageError` where a typed flag contradicts what it requires."""
+    if model_name not in FAMILIES:
+        return {}
+    family = FAMILIES[model_name]
+    for name, value in family.requires.items():
+        if name in typed and typed[name] != value:
+            raise UsageError(
+                f"{flag_of(name)} {typed[name]} contradicts --model_name {model_name}, "
+                f"which has {name} = {value}; leave the flag out"
+            )
+    return {**family.requires, **family.advises}
+
+
+def _derived(values: Mapping[str, Any], loads: bool) -> dict[str, Any]:
+    """Fill in the sizes that follow from others."""
+    model = ModelConfig(**{f.name: values[f.name] for f in fields(ModelConfig) if f.name in values})
+    missing = [f"--{name}" for name in ARCHITECTURE if getattr(model, name) is None]
+    if missing and model.model_name in FAMILIES:
+        way_out = "; or take them from the checkpoint by --use_checkpoint_args" if loads else ""
+        raise UsageError(f"the architecture is not complete, give {' '.join(missing)}{way_out}")
+    if missing:
+        return dict(values)
+    assert model.hidden_size and model.num_attention_heads
+    full = replace(
+        model,
+        ffn_hidden_size=model.ffn_hidden_size or default_ffn_size(model.hidden_size, model.glu_activation is not None),
+        num_attention_heads_kv=model.num_attention_heads_kv or model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+    )
+    sequence = {"seq_length": values.get("seq_length") or full.max_position_embeddings}
+    return {**values, **sequence, **{f.name: getattr(full, f.name) for f in fields(ModelConfig)}}
+
+
+def default_ffn_size(hidden_size: int, gated: bool) -> int:
+    """Size inside the MLP: 4 x hidden; a gated one has three matrices instead of two, so two thirds of that, in 64s."""
+    if not gated:
+        return 4 * hidden_size
+    return max(int(4 * hidden_size * 2 / 3) // 64, 1) * 64
+
+
+def _compare(values: Mapping[str, Any], stored: Mapping[str, Any], way_out: str) -> None:
+    for name, value in values.items():
+        if name in stored and stored[name] != value:
+            raise UsageError(f"{flag_of(name)} is {value} here but {stored[name]} in the checkpoint; {way_out}")
