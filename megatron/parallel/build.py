@@ -108,8 +108,6 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> ParallelModel
         local = [r.stop - r.start for r in tensor_ranges(name, shape, model, tensor_size, mesh.rank("tp"))]
         owner = module.get_submodule(name.rpartition(".")[0])
         owner.weight = nn.Parameter(torch.empty(local, device="meta"))
-    if module.lm_head is None:
-        assert "lm_head.weight" not in shapes
     _shard_over_data(module, dtype, mesh, config.parallel.full_sharding)
     module.to_empty(device=mesh.device)
     parts = [_part(name, p, shapes[name], config, mesh) for name, p in module.named_parameters()]

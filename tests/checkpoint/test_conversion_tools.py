@@ -121,7 +121,7 @@ def test_an_export_that_computes_something_else_is_not_published(
 def test_wrong_usage_is_named(tmp_path: Path) -> None:
     save_llama(tmp_path / "hf")
     release = bring_in(tmp_path / "hf", tmp_path)
-    with pytest.raises(UsageError, match="--size 7: .* has 0.00 billion parameters"):
+    with pytest.raises(UsageError, match=r"--size 7: .* has 0.00 billion parameters"):
         bring_in(tmp_path / "hf", tmp_path / "b", "--size", "7")
     with pytest.raises(UsageError, match="--target_tensor_parallel_size 3 does not divide the 4 attention heads"):
         reshard(release, tmp_path / "tp3", 3, 1)

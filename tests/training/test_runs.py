@@ -1,5 +1,6 @@
 """Whole runs: what is trained, said, saved, resumed, skipped and refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,37 @@ def test_evaluates_without_training(world: World, course: str, tmp_path: Path) -
         expected = [float(line.split("value: ")[1].split()[0]) for line in trained.splitlines() if "loss value" in line]
         assert found == pytest.approx(expected, rel=1e-5)
         assert len(found) == 2
+
+
+@pytest.mark.parametrize("layout", ["", "--full_sharding"])
+def test_an_evaluation_in_between_changes_nothing(world: World, course: str, layout: str) -> None:
+    flags = [course.replace("--eval_interval 100", ""), layout, "--train_iters 5"]
+    often, never = (run(world, 2, *flags, f"--eval_interval {n}") for n in (1, 100))
+    assert often.count("validation loss at iteration") == 5
+    assert losses(often) == losses(never)
+
+
+@pytest.mark.parametrize(("size", "layout"), [(1, "--hidden_dropout 0.1 --attention_dropout 0.1"), (2, SPREAD)])
+def test_recomputation_draws_the_same_masks(world: World, course: str, size: int, layout: str) -> None:
+    modes = ["", "--recompute_granularity selective", "--recompute_granularity full --recompute_method uniform"]
+    expected, *found = (losses(run(world, size, course, layout, mode, "--train_iters 4")) for mode in modes)
+    for mode in found:
+        assert mode == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_asked_to_be_logged_is(world: World, course: str, tmp_path: Path) -> None:
+    flags = "--optimizer sgd --log_params_norm --log_num_zeros_in_grad --timing_log_level 2 --timing_log_option max"
+    outputs = [
+        run(world, size, course, flags, layout, f"--train_iters 3 --tensorboard_dir {tmp_path / str(size)}")
+        for size, layout in [(1, ""), (4, "--tensor_model_parallel_size 2 --sequence_parallel")]
+    ]
+    fields = [re.findall(r"\| (lm loss|grad norm|num zeros|params norm): ([^ ]+) ", output) for output in outputs]
+    assert len(fields[0]) == 12
+    assert [name for name, _ in fields[0]] == [name for name, _ in fields[1]]
+    for (name, one), (_, four) in zip(*fields, strict=True):
+        assert float(one) == pytest.approx(float(four), rel=1e-3), name
+    assert "max time across ranks (ms):" in outputs[1]
+    assert list((tmp_path / "4").glob("events.out.tfevents.*"))
 
 
 def test_passes_over_iterations(world: World, course: str) -> None:
