@@ -74,11 +74,10 @@ def table(heads: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Iterator[s
 
 def values(flag: Flag) -> str:
     """What may follow the flag."""
-    if flag.is_switch:
-        return ""
-    if flag.details["choices"]:
-        return ", ".join(map(str, flag.details["choices"]))
-    return {"bool": "true, false"}.get(flag.kind.__name__, flag.kind.__name__) + (" ..." if flag.repeated else "")
+    if flag.is_switch or flag.details["choices"]:
+        return ", ".join(map(str, flag.details["choices"] or ()))
+    kind = "true, false" if flag.kind is bool else flag.kind.__name__
+    return kind + " ..." * flag.repeated + (f" in {flag.details['within']}" if flag.details["within"] else "")
 
 
 def default(flag: Flag) -> str:

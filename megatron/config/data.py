@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron.config.errors import UsageError
-from megatron.config.option import option
+from megatron.config.option import check_values, option
 
 TOKENIZER_TYPES = (
     *("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer", "SentencePieceTokenizer", "FalconTokenizer"),
@@ -17,9 +17,12 @@ class TokenizerConfig:
     tokenizer_type: str | None = option(None, "Kind of tokenizer.", choices=TOKENIZER_TYPES)
     vocab_file: str | None = option(None, "The tokenizer's model or vocabulary file.")
     merge_file: str | None = option(None, "Merges of a byte-pair vocabulary.")
-    vocab_extra_ids: int = option(0, "Add this many tokens <extra_id_0>, <extra_id_1>, ...")
+    vocab_extra_ids: int = option(0, "Add this many tokens <extra_id_0>, <extra_id_1>, ...", within="[0, inf)")
     vocab_extra_ids_list: str | None = option(None, "Add these tokens, comma separated.")
     new_tokens: bool = option(True, "Add no special tokens but those of --vocab_extra_ids_list.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +36,16 @@ class DataConfig:
     valid_data_path: tuple[str, ...] | None = option(None, "Prefix of the validation data.")
     test_data_path: tuple[str, ...] | None = option(None, "Prefix of the test data.")
     seq_length: int | None = option(
-        None, "Most tokens of a sequence; by default the checkpoint's, else --max_position_embeddings."
+        None,
+        "Most tokens of a sequence; by default the checkpoint's, else --max_position_embeddings.",
+        within="[1, inf)",
     )
     variable_seq_lengths: bool = option(False, "Make rows only as long as their micro batch needs.")
-    scalar_loss_mask: float = option(0.0, "Loss weight of tokens that are not the assistant's.")
+    scalar_loss_mask: float = option(0.0, "Loss weight of tokens that are not the assistant's.", within="[0, inf)")
     packing: str = option("none", "How samples are laid into rows: none pads them.", choices=("none",))
-    num_workers: int = option(2, "0: read batches when they are needed; more: one thread reads ahead.")
+    num_workers: int = option(
+        2, "0: read batches when they are needed; more: one thread reads ahead.", within="[0, inf)"
+    )
     mmap_warmup: bool = option(False, "Read the data files once from end to end at the start.")
     data_impl: str = option(
         "infer", "No effect: files are always memory-mapped.", choices=("lazy", "cached", "mmap", "infer")
@@ -51,13 +58,10 @@ class DataConfig:
     eod_mask_loss: bool = option(False, "No loss on end-of-document tokens (--data_type gpt).")
 
     def __post_init__(self) -> None:
+        check_values(self)
         separate = [name for name in ("train", "valid", "test") if getattr(self, f"{name}_data_path")]
         if self.data_path and separate:
             raise UsageError(
                 f"--data_path and --{separate[0]}_data_path exclude each other: "
                 "give one prefix and --split, or a prefix each"
             )
-        if self.seq_length is not None and self.seq_length <= 0:
-            raise UsageError(f"--seq_length {self.seq_length} is not positive")
-        if self.scalar_loss_mask < 0:
-            raise UsageError(f"--scalar_loss_mask {self.scalar_loss_mask} is negative")

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron.config.errors import UsageError
-from megatron.config.option import option
+from megatron.config.option import check_values, option
 
 METRICS = ("perplexity", "accuracy", "instruct_accuracy", "count_loss_mask", "count_instruct_mask", "all")
 
@@ -12,14 +11,14 @@ METRICS = ("perplexity", "accuracy", "instruct_accuracy", "count_loss_mask", "co
 class LoggingConfig:
     """Logging."""
 
-    log_interval: int = option(100, "Iterations between log lines.")
+    log_interval: int = option(100, "Iterations between log lines.", within="[1, inf)")
     log_params_norm: bool = option(False, "Log the norm of the weights.")
     log_num_zeros_in_grad: bool = option(False, "Log how many elements of the gradient are zero.")
     timing_log_level: int = option(0, "0: no timers; 1: parts of a step; 2: their parts.", choices=(0, 1, 2))
     timing_log_option: str = option("minmax", "Over the ranks.", choices=("max", "minmax", "all"))
     tensorboard_dir: str | None = option(None, "Folder for TensorBoard.")
-    tensorboard_log_interval: int = option(1, "Iterations between points of the curves.")
-    tensorboard_queue_size: int = option(1000, "Points kept before they are written.")
+    tensorboard_log_interval: int = option(1, "Iterations between points of the curves.", within="[1, inf)")
+    tensorboard_queue_size: int = option(1000, "Points kept before they are written.", within="[1, inf)")
     log_timers_to_tensorboard: bool = option(False, "Curves of the timers.")
     log_batch_size_to_tensorboard: bool = option(False, "Curve of the batch size.")
     log_learning_rate_to_tensorboard: bool = option(True, "Curve of the learning rate.", takes_value=True)
@@ -37,6 +36,4 @@ class LoggingConfig:
     metrics: tuple[str, ...] = option((), "Further metrics to log.", choices=METRICS, nargs="+")
 
     def __post_init__(self) -> None:
-        for name in ("log_interval", "tensorboard_log_interval"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)} is not positive")
+        check_values(self)

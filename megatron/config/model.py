@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron.config.errors import UsageError
-from megatron.config.option import option
+from megatron.config.option import check_values, option
 
 MODEL_NAMES = ("codellama", "falcon", "gpt", "llama", "llama2", "mistral")
 
@@ -13,19 +13,23 @@ class ModelConfig:
     """Architecture."""
 
     model_name: str = option("gpt", "Model family; its preset replaces defaults below.", choices=MODEL_NAMES)
-    num_layers: int | None = option(None, "Number of transformer layers.")
-    hidden_size: int | None = option(None, "Size of the hidden state.")
+    num_layers: int | None = option(None, "Number of transformer layers.", within="[1, inf)")
+    hidden_size: int | None = option(None, "Size of the hidden state.", within="[1, inf)")
     ffn_hidden_size: int | None = option(
-        None, "Size inside the MLP; by default 4 x hidden size, or two thirds of that, in 64s, with a GLU."
+        None,
+        "Size inside the MLP; by default 4 x hidden size, or two thirds of that, in 64s, with a GLU.",
+        within="[1, inf)",
     )
-    num_attention_heads: int | None = option(None, "Number of query heads.")
-    num_attention_heads_kv: int | None = option(None, "Number of key/value heads; by default as many as query heads.")
-    kv_channels: int | None = option(None, "Size of a head; by default hidden size / heads.")
-    max_position_embeddings: int | None = option(None, "Longest sequence the model is made for.")
+    num_attention_heads: int | None = option(None, "Number of query heads.", within="[1, inf)")
+    num_attention_heads_kv: int | None = option(
+        None, "Number of key/value heads; by default as many as query heads.", within="[1, inf)"
+    )
+    kv_channels: int | None = option(None, "Size of a head; by default hidden size / heads.", within="[1, inf)")
+    max_position_embeddings: int | None = option(None, "Longest sequence the model is made for.", within="[1, inf)")
     make_vocab_size_divisible_by: int = option(
-        128, "No effect: the vocabulary is stored at its true size and divided over ranks as it is."
+        128, "No effect: the vocabulary is stored at its true size and divided over ranks as it is.", within="[1, inf)"
     )
-    layernorm_epsilon: float = option(1e-5, "Epsilon of the norms.")
+    layernorm_epsilon: float = option(1e-5, "Epsilon of the norms.", within="(0, inf)")
     use_bias: bool = option(False, "Give the products biases.")
     use_rms_norm: bool = option(False, "RMSNorm instead of LayerNorm.")
     use_post_ln: bool = option(False, "Norms after the sublayers instead of before.")
@@ -33,28 +37,24 @@ class ModelConfig:
         None, "Gated activation of the MLP.", choices=("geglu", "liglu", "reglu", "swiglu")
     )
     position_embedding_type: str = option("absolute", "How positions are told.", choices=("rotary", "absolute"))
-    rope_scaling_factor: float = option(1.0, "Linear stretch of rotary positions; 2 means twice the context.")
-    rope_theta: float = option(10000.0, "Base of the rotary frequencies.")
+    rope_scaling_factor: float = option(
+        1.0, "Linear stretch of rotary positions; 2 means twice the context.", within="[1, inf)"
+    )
+    rope_theta: float = option(10000.0, "Base of the rotary frequencies.", within="(0, inf)")
     parallel_attn: bool = option(False, "Attention and MLP side by side instead of one after the other.")
     parallel_layernorm: bool = option(False, "A norm each for attention and MLP under --parallel_attn.")
     tie_embed_logits: bool = option(True, "Give the output layer weights of its own.")
-    sliding_window_size: int | None = option(None, "How many tokens, itself included, a token attends to.")
-    attention_dropout: float = option(0.1, "Dropout of attention probabilities.")
-    hidden_dropout: float = option(0.1, "Dropout of what a sublayer adds to the hidden state.")
+    sliding_window_size: int | None = option(
+        None, "How many tokens, itself included, a token attends to.", within="[1, inf)"
+    )
+    attention_dropout: float = option(0.1, "Dropout of attention probabilities.", within="[0, 1)")
+    hidden_dropout: float = option(0.1, "Dropout of what a sublayer adds to the hidden state.", within="[0, 1)")
     lima_dropout: bool = option(False, "Let hidden dropout rise linearly from 0 at the first layer.")
-    init_method_std: float = option(0.02, "Standard deviation of initial weights.")
+    init_method_std: float = option(0.02, "Standard deviation of initial weights.", within="[0, inf)")
     init_method_xavier_uniform: bool = option(False, "Xavier-uniform initial weights.")
 
     def __post_init__(self) -> None:
-        for name in ("attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)} is not in [0, 1)")
-        if self.rope_scaling_factor < 1:
-            raise UsageError(f"--rope_scaling_factor {self.rope_scaling_factor} is below 1; 1 means no stretch")
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"--{name} {value} is not positive")
+        check_values(self)
         self._check_heads()
 
     def _check_heads(self) -> None:
@@ -71,9 +71,3 @@ class ModelConfig:
                 f"--kv_channels {self.kv_channels}, by default --hidden_size / --num_attention_heads, is odd; "
                 "rotary positions turn pairs of channels, make it even"
             )
-
-
-POSITIVE = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_attention_heads_kv"),
-    *("kv_channels", "max_position_embeddings", "layernorm_epsilon", "rope_theta"),
-)

@@ -2,18 +2,23 @@
 
 from dataclasses import dataclass
 
-from megatron.config.errors import UsageError
-from megatron.config.option import option
+from megatron.config.option import check_values, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Parallelism."""
 
-    tensor_model_parallel_size: int = option(1, "Ranks that share each layer.")
-    pipeline_model_parallel_size: int = option(1, "Groups of ranks that each hold some of the layers.")
-    num_layers_per_virtual_pipeline_stage: int | None = option(None, "Layers of a chunk of an interleaved pipeline.")
-    sequence_parallel: bool = option(False, "Divide the tokens, too, over tensor-parallel ranks between the products.")
+    tensor_model_parallel_size: int = option(1, "Ranks that share each layer.", within="[1, inf)")
+    pipeline_model_parallel_size: int = option(
+        1, "Groups of ranks that each hold some of the layers.", within="[1, inf)"
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "Layers of a chunk of an interleaved pipeline.", within="[1, inf)"
+    )
+    sequence_parallel: bool = option(
+        False, "Divide the tokens, too, over tensor-parallel ranks between the products; no effect with one rank."
+    )
     distributed_backend: str = option("nccl", "On GPUs; without them it is gloo.", choices=("nccl", "gloo"))
     use_distributed_optimizer: bool = option(
         False, "No effect: optimizer state and master weights are always divided over data-parallel ranks."
@@ -23,9 +28,7 @@ class ParallelConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)} is not positive")
+        check_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,15 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
 from megatron.config.errors import UsageError
 from megatron.config.option import Flag, flags_of
+
+FLAG = re.compile(r"--[A-Za-z][\w-]*")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,9 +38,15 @@ def parse_flags(argv: Sequence[str], groups: Sequence[type], *, prog: str, descr
         section = parser.add_argument_group(title(group)) if len(groups) > 1 else parser
         for flag in flags_of(group):
             _add(section, flag)
-    typed, unknown = parser.parse_known_args([with_underscores(word) for word in argv])
+    words = [with_underscores(word) for word in argv]
+    known = {"--help", *(flag.flag for group in groups for flag in flags_of(group))}
+    for word in words:  # before argparse, which would rather speak of a required flag that is missing
+        name = word.partition("=")[0]
+        if FLAG.fullmatch(name) and name not in known:
+            raise UsageError(unknown_flag(name, known))
+    typed, unknown = parser.parse_known_args(words)
     if unknown:
-        raise UsageError(unknown_flag(unknown[0], (f.flag for group in groups for f in flags_of(group))))
+        raise UsageError(unknown_flag(unknown[0], known))
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(typed).items()}
 
 
@@ -58,10 +67,10 @@ def title(group: type) -> str:
 
 def with_underscores(word: str) -> str:
     """`--micro-batch-size=4` as `--micro_batch_size=4`; anything that is not a flag unchanged."""
-    if not word.startswith("--"):
+    name, equals, value = word.partition("=")
+    if not FLAG.fullmatch(name):
         return word
-    name, equals, value = word[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
 def unknown_flag(word: str, known: Iterable[str]) -> str:
@@ -69,7 +78,7 @@ def unknown_flag(word: str, known: Iterable[str]) -> str:
     name = word.partition("=")[0]
     if not name.startswith("-"):
         return f"unexpected argument {word!r}"
-    nearest = difflib.get_close_matches(name, list(known), n=1)
+    nearest = difflib.get_close_matches(name, sorted(known), n=1)
     return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.config.coming import COMING
 from megatron.config.errors import UsageError
-from megatron.config.families import FAMILIES
+from megatron.config.families import FAMILIES, Family
 from megatron.config.model import ModelConfig
 from megatron.config.option import flags_of
 from megatron.config.parser import parse_flags, with_underscores
@@ -50,12 +50,16 @@ def resolve_run(typed: Mapping[str, Any], stored: Mapping[str, Any] | None = Non
     takes_stored = bool(typed.get("use_checkpoint_args"))
     taken = {name: value for name, value in (stored or {}).items() if name != "pipeline_model_parallel_size"}
     values = {**(taken if takes_stored else {}), **typed}
-    values = {**_preset(values.get("model_name", ModelConfig.model_name), typed), **values}
     if takes_stored and stored:
         _compare({name: typed[name] for name in SHAPES if name in typed}, stored, "leave the flag out")
+    family = FAMILIES.get(values.get("model_name", ModelConfig.model_name))
+    if family:
+        _check_required(family, values, typed)
+        values = {**family.requires, **family.advises, **values}
     values = _derived(values, loads="load" in typed)
     if stored and not takes_stored:
-        checked = {name: values[name] for name in (*SHAPES, *MEANINGS) if name in values}
+        names = (*SHAPES, *MEANINGS, *(family.requires if family else ()))
+        checked = {name: values[name] for name in names if name in values}
         _compare(checked, stored, "take the checkpoint's values by --use_checkpoint_args")
     config = RunConfig.from_fields(values)
     for what, asked in COMING.items():
@@ -69,18 +73,15 @@ def flag_of(name: str) -> str:
     return next(flag.flag for group in RUN_GROUPS for flag in flags_of(group) if flag.name == name)
 
 
-def _preset(model_name: str, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """The family's values; `UsageError` where a typed flag contradicts what it requires."""
-    if model_name not in FAMILIES:
-        return {}
-    family = FAMILIES[model_name]
+def _check_required(family: Family, values: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+    """`UsageError` where a typed flag or the checkpoint contradicts what the family requires."""
     for name, value in family.requires.items():
-        if name in typed and typed[name] != value:
-            raise UsageError(
-                f"{flag_of(name)} {typed[name]} contradicts --model_name {model_name}, "
-                f"which has {name} = {value}; leave the flag out"
-            )
-    return {**family.requires, **family.advises}
+        if values.get(name, value) == value:
+            continue
+        model = f"--model_name {values['model_name']}, which has {name} = {value}"
+        if name in typed:
+            raise UsageError(f"{flag_of(name)} {typed[name]} contradicts {model}; leave the flag out")
+        raise UsageError(f"the checkpoint has {name} = {values[name]}, not {model}; give the --model_name it is of")
 
 
 def _derived(values: Mapping[str, Any], loads: bool) -> dict[str, Any]:

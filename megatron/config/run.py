@@ -44,6 +44,7 @@ class RunConfig:
         if not training.eval_only and self.schedule.lr is None:
             raise UsageError("training needs a learning rate: give --lr")
         self._check_units()
+        self._check_length()
 
     def _check_units(self) -> None:
         """Lengths of the schedule are in the unit of the run's length, as in Megatron."""
@@ -56,6 +57,14 @@ class RunConfig:
     def from_fields(cls, values: Mapping[str, Any]) -> "RunConfig":
         """From field name -> value, of all groups together; missing ones get their defaults."""
         return cls(**dict(zip(GROUPS, build(RUN_GROUPS, values), strict=True)))
+
+    def _check_length(self) -> None:
+        length, longest = self.data.seq_length, self.model.max_position_embeddings
+        if length and longest and length > longest:
+            raise UsageError(
+                f"--seq_length {length} is longer than --max_position_embeddings {longest}; lower it, or give the "
+                "larger --max_position_embeddings (and perhaps a --rope_scaling_factor)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, by group; secrets left out."""

@@ -3,51 +3,44 @@
 from dataclasses import dataclass
 
 from megatron.config.errors import UsageError
-from megatron.config.option import option
+from megatron.config.option import check_values, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Training."""
 
-    micro_batch_size: int | None = option(None, "Samples in one forward pass of one data-parallel rank.")
+    micro_batch_size: int | None = option(
+        None, "Samples in one forward pass of one data-parallel rank.", within="[1, inf)"
+    )
     global_batch_size: int | None = option(
-        None, "Samples in one iteration; by default --micro_batch_size x data-parallel ranks."
+        None, "Samples in one iteration; by default --micro_batch_size x data-parallel ranks.", within="[1, inf)"
     )
     rampup_batch_size: tuple[str, ...] | None = option(
         None, "START INCREMENT SAMPLES: let the global batch grow.", nargs="*"
     )
-    train_iters: int | None = option(None, "Number of iterations.")
-    train_samples: int | None = option(None, "Number of samples, instead of --train_iters.")
-    skip_iters: tuple[int, ...] = option((), "Iterations whose batches are passed over.")
-    exit_interval: int | None = option(None, "Save and exit at every multiple of this iteration.")
-    exit_duration_in_mins: int | None = option(None, "Save and exit after this many minutes.")
+    train_iters: int | None = option(None, "Number of iterations.", within="[1, inf)")
+    train_samples: int | None = option(None, "Number of samples, instead of --train_iters.", within="[1, inf)")
+    skip_iters: tuple[int, ...] = option((), "Iterations whose batches are passed over.", within="[1, inf)")
+    exit_interval: int | None = option(None, "Save and exit at every multiple of this iteration.", within="[1, inf)")
+    exit_duration_in_mins: int | None = option(None, "Save and exit after this many minutes.", within="[1, inf)")
     exit_signal_handler: bool = option(False, "On SIGTERM, save and exit.")
-    seed: int = option(1234, "Seed of initial weights, data order and dropout.")
+    seed: int = option(1234, "Seed of initial weights, data order and dropout.", within="[0, inf)")
     data_parallel_random_init: bool = option(False, "Initial weights differ between data-parallel ranks.")
     eval_only: bool = option(False, "Evaluate and do not train.")
-    eval_iters: int = option(100, "Most global batches of one evaluation.")
-    eval_interval: int = option(1000, "Iterations between evaluations on the validation data.")
+    eval_iters: int = option(100, "Most global batches of one evaluation.", within="[0, inf)")
+    eval_interval: int = option(1000, "Iterations between evaluations on the validation data.", within="[1, inf)")
     calculate_per_token_loss: bool = option(
         True, "Average the loss by micro batch first, as Megatron-LLM does, instead of over the global batch's tokens."
     )
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"--{name} {value} is not positive")
+        check_values(self)
         micro, total = self.micro_batch_size, self.global_batch_size
         if micro and total and total % micro:
             raise UsageError(f"--global_batch_size {total} is not a multiple of --micro_batch_size {micro}")
         if self.train_iters and self.train_samples:
             raise UsageError("--train_iters and --train_samples exclude each other; give one")
-
-
-POSITIVE = (
-    *("micro_batch_size", "global_batch_size", "train_iters", "train_samples"),
-    *("exit_interval", "exit_duration_in_mins", "eval_interval"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +49,15 @@ class PrecisionConfig:
 
     fp16: bool = option(False, "Compute in fp16, with loss scaling; weights are kept in fp32.")
     bf16: bool = option(False, "Compute in bf16; weights are kept in fp32.")
-    loss_scale: float | None = option(None, "Constant loss scale; by default fp16 has a dynamic one.")
-    initial_loss_scale: float = option(4294967296, "First dynamic loss scale.")
-    min_loss_scale: float = option(1.0, "Least dynamic loss scale.")
-    loss_scale_window: float = option(1000, "Good iterations in a row after which the loss scale doubles.")
-    hysteresis: int = option(2, "Bad iterations after which the loss scale halves.")
+    loss_scale: float | None = option(
+        None, "Constant loss scale; by default fp16 has a dynamic one.", within="(0, inf)"
+    )
+    initial_loss_scale: float = option(4294967296, "First dynamic loss scale.", within="(0, inf)")
+    min_loss_scale: float = option(1.0, "Least dynamic loss scale.", within="(0, inf)")
+    loss_scale_window: float = option(
+        1000, "Good iterations in a row after which the loss scale doubles.", within="[1, inf)"
+    )
+    hysteresis: int = option(2, "Bad iterations after which the loss scale halves.", within="[1, inf)")
     fp32_residual_connection: bool = option(False, "Keep the residual stream in fp32.")
     apply_query_key_layer_scaling: bool = option(
         True,
@@ -70,6 +67,7 @@ class PrecisionConfig:
     attention_softmax_in_fp32: bool = option(False, "No effect: it always is.")
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.fp16 and self.bf16:
             raise UsageError("--fp16 and --bf16 exclude each other; give one")
 
@@ -86,12 +84,16 @@ class RecomputeConfig:
     )
     recompute_method: str | None = option(
         None,
-        "With full. uniform: keep the input of every --recompute_num_layers layers; block: recompute the first ones.",
+        "With full. uniform (unless given): keep the input of every --recompute_num_layers layers; "
+        "block: recompute the first ones.",
         choices=("uniform", "block"),
     )
-    recompute_num_layers: int = option(1, "Layers of a unit (uniform), or how many to recompute (block).")
+    recompute_num_layers: int = option(
+        1, "Layers of a unit (uniform), or how many to recompute (block).", within="[1, inf)"
+    )
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.recompute_activations:
             if self.recompute_granularity == "full":
                 raise UsageError(
@@ -100,5 +102,3 @@ class RecomputeConfig:
             object.__setattr__(self, "recompute_granularity", "selective")
         if self.recompute_method and self.recompute_granularity != "full":
             raise UsageError("--recompute_method needs --recompute_granularity full")
-        if self.recompute_num_layers < 1:
-            raise UsageError(f"--recompute_num_layers {self.recompute_num_layers} is not positive")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config import UsageError, option, parse_command, parse_run, run_entry
+from megatron.config.parser import with_underscores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +30,11 @@ def test_only_what_was_typed() -> None:
 
 def test_values_with_dashes_stay_as_they_are() -> None:
     assert typed("--load", "my-folder", "--split=9-1") == {"load": "my-folder", "split": "9-1"}
+
+
+def test_only_names_of_flags_are_respelled() -> None:
+    assert with_underscores("--a-b=c-d") == "--a_b=c-d"
+    assert with_underscores("--two-words, one-value") == "--two-words, one-value"
 
 
 def test_several_values_are_a_tuple() -> None:
@@ -85,6 +91,8 @@ class Tool:
 def test_options_of_a_tool() -> None:
     (tool,) = parse_command(["a", "--out", "x", "--no-fast", "--files", "1", "2"], Tool, prog="tool", description="")
     assert tool == Tool(family="a", out="x", fast=False, files=("1", "2"))
+    with pytest.raises(UsageError, match="unknown flag --ut; did you mean --out"):
+        parse_command(["a", "--ut", "x"], Tool, prog="tool", description="")
     for argv in (["a"], ["--out", "x"], ["c", "--out", "x"]):
         with pytest.raises(UsageError):
             parse_command(argv, Tool, prog="tool", description="")

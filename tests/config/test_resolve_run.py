@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megatron.config import UsageError, resolve_run
+from megatron.config.resolve import MEANINGS, SHAPES
 
 RUN: dict[str, Any] = {
     "model_name": "llama2",
@@ -102,6 +103,13 @@ def test_a_lost_rotary_setting_is_found() -> None:
         ({"kv_channels": 5}, "--kv_channels 5"),
         ({"rope_scaling_factor": 0.5}, "--rope_scaling_factor 0.5 is below 1"),
         ({"exit_interval": 0}, "--exit_interval 0 is not positive"),
+        ({"num_workers": -1}, "--num_workers -1 is below 0"),
+        ({"skip_iters": (3, 0)}, "--skip_iters 0 is not positive"),
+        ({"lr": float("nan")}, "--lr nan is not in [0, inf)"),
+        ({"adam_beta2": 1.0}, "--adam_beta2 1.0 is not in [0, 1)"),
+        ({"lr_warmup_fraction": 1.5}, "--lr_warmup_fraction 1.5 is not in [0, 1]"),
+        ({"lr_decay_style": "cubic"}, "--lr_decay_style cubic is none of constant, linear"),
+        ({"seq_length": 4097}, "--seq_length 4097 is longer than --max_position_embeddings 4096"),
         ({"end_weight_decay": 0.1}, "--end_weight_decay 0.1 differs from --weight_decay 0.01"),
         ({"weight_decay_incr_style": "linear"}, "needs --start_weight_decay and --end_weight_decay"),
         ({"lr": None}, "give --lr"),
@@ -122,6 +130,18 @@ def test_contradictions_name_the_flag(flags: dict[str, Any], message: str) -> No
     with pytest.raises(UsageError) as error:
         resolve_run({**RUN, **flags})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "way_out"),
+    [
+        ({**NO_ARCHITECTURE, "model_name": "llama2", "use_checkpoint_args": True}, "give the --model_name it is of"),
+        ({**RUN, **{name: STORED[name] for name in (*SHAPES, *MEANINGS)}}, "--use_checkpoint_args"),
+    ],
+)
+def test_a_checkpoint_of_another_family_is_found(flags: dict[str, Any], way_out: str) -> None:
+    with pytest.raises(UsageError, match=rf"sliding_window_size.*{way_out}"):
+        resolve_run({**flags, "load": "x"}, {**STORED, "sliding_window_size": 4096})
 
 
 def test_a_missing_architecture_points_to_the_checkpoint() -> None:
