@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     source, output = Path(options.input_dir), Path(options.output_dir)
     if output.resolve() == source.resolve():
         raise UsageError("--output_dir is --input_dir; give another folder")
-    checkpoint = open_checkpoint(source, options.load_iters)
+    checkpoint = open_checkpoint(source, options.load_iters, reads_all=True)
     for warning in checkpoint.warnings:
         print(f"warning: {warning}")
     with Progress(checkpoint.weights, DTYPES.get(options.dtype)) as progress:

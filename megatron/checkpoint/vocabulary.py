@@ -1,6 +1,5 @@
 """Vocabularies of another size than the checkpoint's: rows cut off, or new ones that start as the mean of the old."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from megatron.checkpoint.store import Ranges, TensorStore
 
 VOCABULARY = ("embedding.weight", "lm_head.weight")
-"""Parameters with a row a token."""
+"""Parameters with a row a token; their optimizer state, `exp_avg.embedding.weight` and so on, has one, too."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +16,12 @@ class ResizedVocabulary:
     """A store whose vocabulary tensors have `vocab_size` rows.
 
     Fewer than stored: the last rows are left out. More: each new row is the mean of the stored ones, so that a new
-    token starts as no token in particular.
+    token starts as no token in particular; of optimizer state (not `as_mean`) it is zero, as at the start of training.
     """
 
     store: TensorStore
     vocab_size: int
+    as_mean: bool = True
     _means: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def names(self) -> list[str]:
@@ -31,7 +31,7 @@ class ResizedVocabulary:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor."""
         shape = self.store.shape(name)
-        return (self.vocab_size, *shape[1:]) if name in VOCABULARY else shape
+        return (self.vocab_size, *shape[1:]) if name.endswith(VOCABULARY) else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """As stored."""
@@ -40,12 +40,13 @@ class ResizedVocabulary:
     def read(self, name: str, ranges: Ranges | None = None) -> Tensor:
         """The tensor or a part of it."""
         stored = self.store.shape(name)[0]
-        if name not in VOCABULARY or self.vocab_size <= stored:
+        if not name.endswith(VOCABULARY) or self.vocab_size <= stored:
             return self.store.read(name, ranges or tuple(slice(0, size) for size in self.shape(name)))
         rows, *rest = ranges or tuple(slice(0, size) for size in self.shape(name))
         old = self.store.read(name, (slice(min(rows.start, stored), min(rows.stop, stored)), *rest))
-        new = self._mean(name)[(slice(None), *rest)].expand(rows.stop - rows.start - len(old), -1)
-        return torch.cat([old, new.to(old.dtype)])
+        added = rows.stop - rows.start - len(old)
+        row = self._mean(name)[(slice(None), *rest)] if self.as_mean else torch.zeros(1, old.shape[1])
+        return torch.cat([old, row.expand(added, -1).to(old.dtype)])
 
     def _mean(self, name: str) -> Tensor:
         if name not in self._means:
@@ -60,6 +61,6 @@ def with_vocabulary(store: TensorStore, vocab_size: int) -> TensorStore:
     return ResizedVocabulary(store, vocab_size)
 
 
-def vocabulary_size(store: TensorStore, names: Sequence[str] = VOCABULARY) -> int:
+def vocabulary_size(store: TensorStore) -> int:
     """Rows of the embedding."""
-    return store.shape(names[0])[0]
+    return store.shape("embedding.weight")[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import Checkpoint, Slice, TensorStore, save_checkpoint, with_vocabulary
+from megatron.checkpoint.vocabulary import ResizedVocabulary
 from megatron.config import RunConfig
 from megatron.model.initialization import initial_weight
 from megatron.parallel.build import ParallelModel, Part, local_tensor
@@ -97,7 +98,9 @@ def resume(state: TrainingState, checkpoint: Checkpoint, config: RunConfig, say:
     if checkpoint.optimizer is None:
         say(f"{checkpoint.folder} has no optimizer state: the optimizer starts anew")
         return
-    load_optimizer(state.model, state.optimizer, checkpoint.optimizer, stored["optimizer_steps"])
+    vocab_size = next(part.shape[0] for part in state.model.parts if part.name == "embedding.weight")
+    grown = ResizedVocabulary(checkpoint.optimizer, vocab_size, as_mean=False)
+    load_optimizer(state.model, state.optimizer, grown, stored["optimizer_steps"])
     state.loss_scale.load_state_dict(stored["loss_scale"])
 
 

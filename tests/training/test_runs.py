@@ -174,6 +174,19 @@ def test_a_larger_tokenizer_grows_the_vocabulary(world: World, course: str, tmp_
     grown = course.replace("<|im_end|>", "<|im_end|>,<|new|>")
     output = run(world, 2, grown, f"--train_iters 1 --load {tmp_path} --finetune --tensor_model_parallel_size 2")
     assert "1 new rows, each the mean of the old ones" in output
+    resumed = run(world, 2, grown, f"--train_iters 3 --load {tmp_path} --override_opt_param_scheduler")
+    assert len(losses(resumed)) == 2
+
+
+def test_a_flipped_byte_of_a_weight_stops_every_rank(world: World, course: str, tmp_path: Path) -> None:
+    run(world, 1, course, f"--train_iters 1 --save {tmp_path}")
+    path = next(tmp_path.glob("iter_0000001/model/*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    results = world(2, finetune, words(course, f"--train_iters 2 --load {tmp_path} --finetune"))
+    assert [code for code, _ in results] == [1, 1]
+    assert path.name in results[0][1]
 
 
 @pytest.mark.parametrize(
