@@ -16,7 +16,7 @@ class Options:
     """Export to Hugging Face."""
 
     input_dir: str = option(help="Checkpoint of any layout.", metavar="DIR")
-    output_dir: str = option(help="Folder to write; replaced if it exists.", metavar="DIR")
+    output_dir: str = option(help="Folder to write; an earlier export there is replaced.", metavar="DIR")
     dtype: str = option(
         "auto", "auto: the precision of the training run.", choices=("auto", "float32", "bfloat16", "float16")
     )

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.load import Checkpoint
+from megatron.checkpoint.load import HF_CONFIG, Checkpoint
 from megatron.checkpoint.safetensors_file import Entry, SafetensorsWriter
+from megatron.config import UsageError
 from megatron.hf.config import hf_config
 from megatron.hf.rows import to_hf
 from megatron.hf.tokenizer import export_tokenizer, is_own, stop_ids, token_ids
@@ -35,31 +36,44 @@ def export(
         dtype: of the weights; by default that of the training run, else as stored.
         shards: number of weight files; by default one for each 5 GB.
         progress: is told the bytes written.
+
+    Raises:
+        UsageError: `output` is not to be replaced: it holds `checkpoint`, or something else than an earlier export.
+        ValueError: the tokenizer has no equal in `transformers`.
     """
+    output = output.resolve()
+    _check_replaceable(output, checkpoint.folder.resolve())
     folder = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    kind = dtype or _trained_dtype(checkpoint)
-    _write_weights(checkpoint, folder, kind, shards, progress)
-    source = checkpoint.tokenizer_folder
-    tokens: dict[str, int | None] = checkpoint.run.get("tokens", {})
-    if source and is_own(source):
-        export_tokenizer(source, folder)
-        tokens = token_ids(source)
-        generation = {**tokens, "eos_token_id": stop_ids(source), "do_sample": False}
-        _write_json(folder / "generation_config.json", generation)
-    else:
-        for file in checkpoint.tokenizer_files:
-            shutil.copyfile(file, folder / file.name)
-    _write_json(folder / "config.json", hf_config(checkpoint.model, checkpoint.vocab_size, kind, tokens))
+    try:
+        kind = dtype or _trained_dtype(checkpoint)
+        tokens = _write_tokenizer(checkpoint, folder)
+        _write_json(folder / HF_CONFIG, hf_config(checkpoint.model, checkpoint.vocab_size, kind, tokens))
+        _write_weights(checkpoint, folder, kind, shards, progress)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 
 def publish(folder: Path, output: Path) -> None:
-    """Give an exported folder its name, in place of what is there."""
+    """Give an exported folder its name; an earlier export of that name goes when the new one has it."""
+    output = output.resolve()
+    replaced = output.with_name(f".{output.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
     if output.exists():
-        shutil.rmtree(output)
+        output.rename(replaced)
     folder.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _check_replaceable(output: Path, source: Path) -> None:
+    """An export replaces an earlier one, never the user's other files."""
+    if source.is_relative_to(output):
+        raise UsageError(f"--output_dir {output} holds the checkpoint that is read; give another folder")
+    if output.exists() and not (output.is_dir() and ((output / HF_CONFIG).is_file() or not any(output.iterdir()))):
+        raise UsageError(f"--output_dir {output} exists and is no earlier export; give another folder or remove it")
 
 
 def logits_difference(checkpoint: Checkpoint, folder: Path, tokens: int = 32) -> float:
@@ -78,6 +92,21 @@ def logits_difference(checkpoint: Checkpoint, folder: Path, tokens: int = 32) ->
         ids = torch.randint(checkpoint.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1))
         mine = ours(ids, torch.arange(tokens), torch.tensor([0, tokens], dtype=torch.int32), tokens)
         return float((mine - theirs(ids[None]).logits[0]).abs().max())
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, int | None]:
+    """Write tokenizer and generation settings; returns the token ids that config.json names."""
+    source = checkpoint.tokenizer_folder
+    tokens: dict[str, int | None] = checkpoint.run.get("tokens", {})
+    stops: object = tokens.get("eos_token_id")
+    if source and is_own(source):
+        export_tokenizer(source, folder)
+        tokens, stops = token_ids(source), stop_ids(source)
+    else:
+        for file in checkpoint.tokenizer_files:
+            shutil.copyfile(file, folder / file.name)
+    _write_json(folder / "generation_config.json", {**tokens, "eos_token_id": stops, "do_sample": False})
+    return tokens
 
 
 def _trained_dtype(checkpoint: Checkpoint) -> torch.dtype:

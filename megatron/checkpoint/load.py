@@ -5,14 +5,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron.checkpoint.folder import RELEASE, RUN, TRACKER, damage, iteration_folders, newest_whole
 from megatron.checkpoint.save import state_name
 from megatron.checkpoint.store import SlicedStore, open_files
 from megatron.checkpoint.vocabulary import vocabulary_size
 from megatron.config import ModelConfig
 from megatron.hf.config import model_fields
-from megatron.hf.rows import BUFFERS, check_complete, from_hf
+from megatron.hf.config import vocabulary_size as vocabulary_of
+from megatron.hf.rows import BUFFERS, check_complete, from_hf, to_hf
 from megatron.hf.tokenizer import FILES
+from megatron.model import Model
 from megatron.tokenizer.sentencepiece import SPECIAL_TOKENS_FILE
 
 HF_CONFIG = "config.json"
@@ -139,8 +143,18 @@ def _open_hf(folder: Path) -> Checkpoint:
         stored = stored.without(["lm_head.weight"])
     weights = _renamed(stored)
     check_complete(weights.names(), ModelConfig(**model), folder)
+    _check_shapes(weights, ModelConfig(**model), vocabulary_of(config, folder / HF_CONFIG), folder)
     run = {"config": {"model": model}, "tokens": {key: config[key] for key in TOKENS if key in config}}
     return Checkpoint(folder, 0, run, weights, tokenizer_folder=folder)
+
+
+def _check_shapes(weights: SlicedStore, model: ModelConfig, vocab_size: int, folder: Path) -> None:
+    with torch.device("meta"):
+        parameters = Model(model, vocab_size).named_parameters()
+    for name, parameter in parameters:
+        found, expected = list(weights.shape(name)), list(parameter.shape)
+        if found != expected:
+            raise ValueError(f"{folder}: {to_hf(name)} is {found}, but by {HF_CONFIG} it should be {expected}")
 
 
 def _hf_files(folder: Path) -> list[Path]:

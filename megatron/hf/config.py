@@ -36,6 +36,8 @@ FIXED = {
 }
 """Keys that must have these values for a model to be a Llama as it is computed here."""
 DEFAULT_THETA = 10000.0
+ROTARY_PLACES = ("rope_scaling", "rope_parameters")
+"""Where transformers 4 and 5 write rotary settings; the former has `rope_theta` beside it, the latter in it."""
 
 
 def model_fields(config: Mapping[str, Any], source: object) -> dict[str, Any]:
@@ -66,18 +68,26 @@ def vocabulary_size(config: Mapping[str, Any], source: object) -> int:
 
 def _rotary(config: Mapping[str, Any], source: object) -> dict[str, float]:
     """Rotary settings, from where transformers 4 or 5 writes them."""
-    settings: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        settings |= config.get(key) or {}
+    places = [config[key] for key in ROTARY_PLACES if config.get(key)]
+    factors = {_scaling_factor(settings, source) for settings in places}
+    thetas = {float(place["rope_theta"]) for place in (config, *places) if place.get("rope_theta") is not None}
+    if len(factors) > 1 or len(thetas) > 1:
+        raise ValueError(f"{source}: rope_theta, {' and '.join(ROTARY_PLACES)} contradict each other")
+    return {
+        "rope_theta": thetas.pop() if thetas else DEFAULT_THETA,
+        "rope_scaling_factor": factors.pop() if factors else 1.0,
+    }
+
+
+def _scaling_factor(settings: Mapping[str, Any], source: object) -> float:
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ValueError(f"{source}: rotary scaling of type {kind!r} is not supported; only 'default' and 'linear'")
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{source}: partial_rotary_factor {settings['partial_rotary_factor']} is not supported")
-    return {
-        "rope_theta": float(settings.get("rope_theta", config.get("rope_theta", DEFAULT_THETA))),
-        "rope_scaling_factor": float(settings["factor"]) if kind == "linear" else 1.0,
-    }
+    if kind == "linear" and "factor" not in settings:
+        raise ValueError(f"{source}: rotary scaling is 'linear', but its factor is missing")
+    return float(settings["factor"]) if kind == "linear" else 1.0
 
 
 def hf_config(

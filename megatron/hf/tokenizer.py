@@ -59,12 +59,12 @@ def export_tokenizer(source: Path, target: Path) -> None:
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     ends_turn = MESSAGE_END in tokenizer.special_tokens
     # no unk_token: transformers would cut text at its name, which training takes for ordinary text
-    special = {
-        "bos_token": names.get(tokenizer.bos_id or -1),
-        "eos_token": MESSAGE_END if ends_turn else names.get(tokenizer.eos_id or -1),
-        "pad_token": names.get(tokenizer.pad_id if tokenizer.pad_id is not None else -1),
+    ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.special_tokens[MESSAGE_END] if ends_turn else tokenizer.eos_id,
+        "pad_token": tokenizer.pad_id,
     }
-    special = {key: value for key, value in special.items() if value is not None}
+    special = {key: names[token_id] for key, token_id in ids.items() if token_id in names}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
