@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -184,12 +184,20 @@ def damage(folder: Path, *, reads_all: bool = False) -> str | None:
     return None
 
 
-def changed_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint that are not what was written, by checksum; reads all of it. No manifest, no answer."""
+def changed_files(folder: Path, below: Sequence[str] = ("",), rank: int = 0, size: int = 1) -> list[Path]:
+    """The files of a checkpoint that are not what was written, by checksum; reads all of them.
+
+    Args:
+        folder: of the checkpoint; one without a manifest cannot tell.
+        below: only files whose names begin with one of these.
+        rank: `size` processes share the work, each takes every size-th file.
+        size: of those.
+    """
     if not (folder / MANIFEST).is_file():
         return []
     files = json.loads((folder / MANIFEST).read_text())["files"]
-    return [folder / name for name, expected in files.items() if file_checksum(folder / name) != expected["checksum"]]
+    mine = sorted(name for name in files if name.startswith(tuple(below)))[rank::size]
+    return [folder / name for name in mine if file_checksum(folder / name) != files[name]["checksum"]]
 
 
 def file_checksum(path: Path, chunk: int = 1 << 24) -> str:

@@ -35,5 +35,5 @@ def _end(message: str, code: int) -> int:
 
 
 def _is_first_rank() -> bool:
-    """A wrong flag is wrong on every rank that a launcher started; one of them says so."""
-    return os.environ.get("RANK", "0") == "0"
+    """A wrong flag is wrong on every rank of a machine (a path may be wrong on one machine only); one rank says so."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

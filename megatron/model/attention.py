@@ -97,6 +97,9 @@ def _flash_attn(module: str) -> Attend:
 FLASH_ATTENTION = {"flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
 """Name in the log -> module of the optional package."""
 
+AMPERE = (8, 0)
+"""Oldest compute capability of the flash kernels."""
+
 BY_DOCUMENT = AttentionKernel("PyTorch causal attention by document", attend_by_document)
 
 
@@ -106,7 +109,7 @@ def choose_attention_kernel(device: torch.device, dtype: torch.dtype, use_flash_
     flash-attn where asked for and installed, else PyTorch's variable-length attention on CUDA in half precision, else
     its causal attention document by document.
     """
-    if device.type != "cuda" or dtype == torch.float32:
+    if device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device) < AMPERE:
         return BY_DOCUMENT
     if use_flash_attn:
         for name, module in FLASH_ATTENTION.items():

@@ -65,12 +65,14 @@ class ParallelModel:
         parts: every parameter stored here.
         compute_dtype: of weights and activations inside the model; what is stored is fp32.
         kernel: name of the attention kernel.
+        full_sharding: weights are gathered layer by layer, and freed after use.
     """
 
     module: nn.Module
     parts: Sequence[Part]
     compute_dtype: torch.dtype
     kernel: str
+    full_sharding: bool = False
 
     def sharded_modules(self) -> Iterator[FSDPModule]:
         """The modules that gather their weights and reduce their gradients as one."""
@@ -111,7 +113,7 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> ParallelModel
     _shard_over_data(module, dtype, mesh, config.parallel.full_sharding)
     module.to_empty(device=mesh.device)
     parts = [_part(name, p, shapes[name], config, mesh) for name, p in module.named_parameters()]
-    return ParallelModel(module, parts, dtype, kernel.name)
+    return ParallelModel(module, parts, dtype, kernel.name, config.parallel.full_sharding)
 
 
 def _spread(config: RunConfig, vocab_size: int, mesh: Mesh) -> Spread:

@@ -40,8 +40,8 @@ class Engine:
         model: this rank's part.
         mesh: the grid of ranks.
         seed: of dropout; its masks are a pure function of (seed, consumed samples, micro batch, data-parallel rank).
-        per_token: divide by the weights of the global batch; else, as the reference does, take the mean of the micro
-            batches' means.
+        per_token: in training, divide by the weights of the global batch; else, as the reference does, take the mean
+            of the micro batches' means.
     """
 
     def __init__(self, model: ParallelModel, mesh: Mesh, *, seed: int, per_token: bool = True) -> None:
@@ -77,7 +77,8 @@ class Engine:
         total = torch.zeros((), device=self.mesh.device)
         if weight:
             for number, (rows, (own_weight, *_)) in enumerate(zip(micro_batches, counts, strict=True)):
-                divisor = weight if self.per_token else batches * max(own_weight, 1e-30)
+                by_token = self.per_token or loss_scale is None
+                divisor = weight if by_token else batches * (own_weight or 1.0)
                 self._prepare(number, len(micro_batches), consumed_samples)
                 loss = self._loss_sum(rows) / divisor
                 total += loss.detach()
@@ -96,13 +97,17 @@ class Engine:
         return (self.model.module(tokens, positions, bounds, rows.max_seqlen, labels) * weights).sum()
 
     def _prepare(self, number: int, micro_batches: int, consumed_samples: int) -> None:
-        """Seed dropout, and let gradients be reduced and gathered weights be freed only after the last micro batch."""
+        """Seed dropout, and let gradients be reduced and gathered weights be freed only after the last micro batch.
+
+        Full sharding does both after each one, which is what it saves memory by.
+        """
         numbers = (self.seed, consumed_samples, number, self.mesh.rank("dp"))
         torch.manual_seed(hash(numbers) % 2**63)
         last = number == micro_batches - 1
+        reduces = last or self.model.full_sharding
         for module in self.model.sharded_modules():
-            module.set_requires_gradient_sync(last, recurse=False)
-            module.set_reshard_after_backward(last, recurse=False)
+            module.set_requires_gradient_sync(reduces, recurse=False)
+            module.set_reshard_after_backward(reduces, recurse=False)
             module.set_is_last_backward(last)
 
     def _sum_partial_gradients(self) -> None:

@@ -51,7 +51,13 @@ def plan_layout(world_size: int, parallel: ParallelConfig, model: ModelConfig) -
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:
-    """Number of processes torchrun or Slurm started; 1 without them."""
+    """Number of processes that torchrun started; 1 without it.
+
+    Raises:
+        UsageError: Slurm started several, which do not know of each other.
+    """
+    if "WORLD_SIZE" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise UsageError("srun started several tasks without torchrun; use srun torchrun, one task a node")
     return int(environment.get("WORLD_SIZE", "1"))
 
 
@@ -117,11 +123,9 @@ def open_mesh(layout: Layout, backend: str) -> Iterator[Mesh]:
     if joins:
         _join("gloo" if device.type == "cpu" else backend)
     shape = (layout.pipeline, layout.data, layout.tensor)
-    try:
-        yield Mesh(init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp")), device)
-    finally:
-        if joins:
-            dist.destroy_process_group()
+    yield Mesh(init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp")), device)
+    if joins:  # not after an error: leaving a group in which others wait would wait for them, and hide the error
+        dist.destroy_process_group()
 
 
 def _join(backend: str) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from megatron.checkpoint import Checkpoint, changed_files
-from megatron.config import RunConfig, UsageError
+from megatron.config import RunConfig, TrainingConfig, UsageError
 from megatron.data import DataSplit, DataSplits, InstructionBatches, RowOptions, build_instruction_splits
 from megatron.optim.groups import build_optimizer
 from megatron.optim.loss_scale import build_loss_scale
@@ -92,6 +92,7 @@ def _run(setting: Setting, on_signal: StopOnSignal | None) -> None:
     _verify(setting)
     model = build_model(config, setting.vocab_size, setting.mesh)
     fill_model(model, config, checkpoint, setting.vocab_size, setting.mesh, setting.say)
+    setting.mesh.barrier()
     setting.say(_description(setting, model))
     training = config.training
     engine = Engine(model, setting.mesh, seed=training.seed, per_token=training.calculate_per_token_loss)
@@ -100,16 +101,20 @@ def _run(setting: Setting, on_signal: StopOnSignal | None) -> None:
         evaluator.evaluate_all(Progress(checkpoint.iteration if checkpoint else 0))
         return
     trainer = _trainer(setting, model, engine, evaluator, on_signal)
-    trainer.train()
-    evaluator.evaluate_all(trainer.state.progress)
+    if trainer.train() is None:
+        evaluator.evaluate_all(trainer.state.progress)
 
 
 def _verify(setting: Setting) -> None:
-    """Stop, all ranks alike, if a file of the checkpoint is not what was written."""
+    """Stop, all ranks alike, if a file of the checkpoint is not what was written; each rank reads its share of them."""
     checkpoint, mesh = setting.checkpoint, setting.mesh
-    changed = changed_files(checkpoint.folder) if checkpoint and mesh.is_main else []
+    if not checkpoint:
+        return
+    needed = ("model/", "optimizer/") if setting.resumes and setting.config.checkpoint.load_optim else ("model/",)
+    changed = changed_files(checkpoint.folder, needed, mesh.ranks.get_rank(), mesh.ranks.size())
     if mesh.any(bool(changed)):
-        raise ValueError(f"checkpoint {checkpoint and checkpoint.folder} is damaged: {', '.join(map(str, changed))}")
+        names = ", ".join(map(str, changed)) or "another rank names the file"
+        raise ValueError(f"checkpoint {checkpoint.folder} was changed after it was written: {names}")
 
 
 def _global_batch_size(config: RunConfig, layout: Layout) -> int:
@@ -184,13 +189,21 @@ def _trainer(
         batches=_batches(setting, setting.splits.require("train"), shuffled=True),
         evaluator=evaluator,
         global_batch_size=batch_size,
-        train_iters=training.train_iters or (training.train_samples or 0) // batch_size,
+        train_iters=_train_iters(training, state.progress, batch_size),
         stops=build_stops(training, on_signal),
         save=Saver(config, mesh, setting.tokenizer, setting.vocab_size, say),
         say=say,
         trackers=setting.trackers,
         timers=Timers(config.logging, synchronize=partial(synchronize, mesh.device)),
     )
+
+
+def _train_iters(training: TrainingConfig, progress: Progress, global_batch_size: int) -> int:
+    """The last iteration; samples that are still to be consumed are counted in batches of today's size."""
+    if training.train_iters:
+        return training.train_iters
+    assert training.train_samples
+    return progress.iteration + max(training.train_samples - progress.consumed_samples, 0) // global_batch_size
 
 
 def _description(setting: Setting, model: ParallelModel) -> str:

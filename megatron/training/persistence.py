@@ -1,6 +1,6 @@
 """A run's state as checkpoint slices, and back: weights and optimizer state by parameter, each rank its own part."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.checkpoint import Checkpoint, Slice, TensorStore, save_checkpoint, with_vocabulary
 from megatron.checkpoint.vocabulary import ResizedVocabulary
-from megatron.config import RunConfig
+from megatron.config import RunConfig, UsageError
 from megatron.model.initialization import initial_weight
 from megatron.parallel.build import ParallelModel, Part, local_tensor
 from megatron.parallel.mesh import Mesh
@@ -19,6 +19,8 @@ from megatron.tokenizer import Tokenizer
 from megatron.training.state import Progress, TrainingState
 
 Say = Callable[[str], None]
+STATES = {"adam": {"exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
+"""`--optimizer` -> the tensors it keeps of each parameter."""
 
 
 @dataclass(frozen=True)
@@ -86,22 +88,28 @@ def resume(state: TrainingState, checkpoint: Checkpoint, config: RunConfig, say:
     """Go on from a training checkpoint: progress, schedule, and with `load_optim` the optimizer and loss scale.
 
     Raises:
-        UsageError: the schedule contradicts the checkpoint's.
+        UsageError: the schedule or the optimizer contradicts the checkpoint's.
     """
     options, stored = config.schedule, checkpoint.run
-    state.progress = Progress(checkpoint.iteration, stored["consumed_samples"], saved_iteration=None)
+    state.progress = Progress(checkpoint.iteration, stored["consumed_samples"], saved_iteration=checkpoint.iteration)
     state.schedule = state.schedule.merged_with(
         stored["schedule"], options.override_opt_param_scheduler, options.use_checkpoint_opt_param_scheduler
     )
     if not config.checkpoint.load_optim:
         return
+    state.loss_scale.load_state_dict(stored["loss_scale"])
     if checkpoint.optimizer is None:
         say(f"{checkpoint.folder} has no optimizer state: the optimizer starts anew")
         return
     vocab_size = next(part.shape[0] for part in state.model.parts if part.name == "embedding.weight")
     grown = ResizedVocabulary(checkpoint.optimizer, vocab_size, as_mean=False)
-    load_optimizer(state.model, state.optimizer, grown, stored["optimizer_steps"])
-    state.loss_scale.load_state_dict(stored["loss_scale"])
+    keys = STATES[config.optimizer.optimizer]
+    if keys != {name.partition(".")[0] for name in grown.names()}:
+        raise UsageError(
+            f"--optimizer {config.optimizer.optimizer} is not the one of {checkpoint.folder}; "
+            "start its state anew by --no_load_optim"
+        )
+    load_optimizer(state.model, state.optimizer, grown, keys, stored["optimizer_steps"])
 
 
 def model_slices(model: ParallelModel) -> Iterator[Slice]:
@@ -124,9 +132,10 @@ def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
 
 
 @torch.no_grad()
-def load_optimizer(model: ParallelModel, optimizer: torch.optim.Optimizer, stored: TensorStore, steps: int) -> None:
-    """Fill the optimizer's state from a checkpoint of any layout."""
-    keys = sorted({name.partition(".")[0] for name in stored.names()})
+def load_optimizer(
+    model: ParallelModel, optimizer: torch.optim.Optimizer, stored: TensorStore, keys: Iterable[str], steps: int
+) -> None:
+    """Fill the optimizer's state, the tensors `keys` of each parameter, from a checkpoint of any layout."""
     for part in model.parts:
         state: dict[str, Any] = {key: torch.zeros_like(part.parameter) for key in keys}
         for key, value in state.items():

@@ -63,8 +63,8 @@ class Trainer:
     trackers: Trackers
     timers: Timers
 
-    def train(self) -> None:
-        """Train to the last iteration, or until there is a reason to stop; the state is saved at the end."""
+    def train(self) -> str | None:
+        """Train to the last iteration, or until there is a reason to stop, which is returned; save at the end."""
         meter, progress, options = IntervalMeter(), self.state.progress, self.config.training
         reason: str | None = None
         while progress.iteration < self.train_iters and reason is None:
@@ -81,6 +81,7 @@ class Trainer:
         if reason:
             self.say(f"stopping: {reason}")
         self._save()
+        return reason
 
     def step(self) -> StepReport:
         """One iteration: a global batch, its gradients, and, if they are sound, new weights."""

@@ -131,6 +131,56 @@ def test_what_is_asked_to_be_logged_is(world: World, course: str, tmp_path: Path
     assert list((tmp_path / "4").glob("events.out.tfevents.*"))
 
 
+def validation_losses(output: str) -> list[float]:
+    return [float(value) for value in re.findall(r"validation loss .* value: ([^ ]+) ", output)]
+
+
+def test_evaluation_is_over_tokens_whatever_training_averages(world: World, course: str) -> None:
+    """On two ranks one has no sample in the only batch; its empty share must not count."""
+    flags = [course, "--train_iters 1 --micro_batch_size 8 --global_batch_size 16"]
+    expected = validation_losses(run(world, 1, *flags, "--skip_iters 1"))
+    found = validation_losses(run(world, 2, *flags, "--skip_iters 1 --no_calculate_per_token_loss"))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_samples_that_remain_are_trained_on_after_a_change_of_batch(world: World, course: str, tmp_path: Path) -> None:
+    flags = [course.replace("--global_batch_size 8", ""), "--train_samples 160 --lr_decay_style constant"]
+    first = run(world, 1, *flags, f"--global_batch_size 8 --save {tmp_path} --exit_interval 10")
+    second = run(world, 1, *flags, f"--global_batch_size 16 --load {tmp_path}")
+    assert (len(losses(first)), len(losses(second))) == (10, 5)
+    assert "consumed samples:          160 |" in second
+
+
+def test_the_loss_scale_goes_on_without_optimizer_state(world: World, course: str, tmp_path: Path) -> None:
+    flags = [course, "--train_iters 6 --fp16 --hysteresis 1 --save", str(tmp_path)]
+    first = run(world, 1, *flags, "--exit_interval 3")
+    second = run(world, 1, *flags, "--load", str(tmp_path))
+    scales = [float(s) for s in re.findall(r"loss scale: ([^ ]+) ", first + second)]
+    assert scales == [2.0 ** (32 - n) for n in range(6)]
+
+
+def test_a_finished_run_started_again_leaves_its_checkpoint(world: World, course: str, tmp_path: Path) -> None:
+    flags = [course, f"--train_iters 2 --save {tmp_path}"]
+    run(world, 1, *flags)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    output = run(world, 1, *flags, f"--load {tmp_path} --no_load_optim")
+    assert "saved checkpoint" not in output
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_stopped_run_does_not_evaluate(world: World, course: str) -> None:
+    assert validation_losses(run(world, 1, course, "--train_iters 4 --exit_interval 2")) == []
+
+
+def test_state_of_another_optimizer_is_refused(world: World, course: str, tmp_path: Path) -> None:
+    run(world, 1, course, f"--train_iters 2 --lr_decay_style constant --optimizer sgd --save {tmp_path}")
+    flags = words(course, f"--train_iters 3 --lr_decay_style constant --load {tmp_path}")
+    code, output = finetune(flags)
+    assert code == 2
+    assert "--optimizer adam is not the one of" in output
+    assert finetune([*flags, "--no_load_optim"])[0] == 0
+
+
 def test_passes_over_iterations(world: World, course: str) -> None:
     output = run(world, 1, course, "--train_iters 4 --skip_iters 2 3")
     assert len(losses(output)) == 2
