@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_llamas import VARIANTS, save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron.checkpoint import open_checkpoint
@@ -17,8 +17,6 @@ from megatron.checkpoint.store import SlicedStore
 from megatron.config import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "hf"))
-from tiny_llamas import VARIANTS, save_llama  # noqa: E402
 
 
 def tool(name: str) -> Callable[[list[str]], None]:

@@ -3,12 +3,12 @@
 import json
 import re
 import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_llamas import edit_config, save_llama
 from transformers import GenerationConfig
 
 from megatron.checkpoint import open_checkpoint
@@ -17,8 +17,6 @@ from megatron.checkpoint.reshard import Layout, reshard
 from megatron.config import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "hf"))
-from tiny_llamas import edit_config, save_llama  # noqa: E402
 
 
 @pytest.fixture
