@@ -38,9 +38,12 @@ def export(
         progress: is told the bytes written.
 
     Raises:
-        UsageError: `output` is not to be replaced: it holds `checkpoint`, or something else than an earlier export.
+        UsageError: `output` is not to be replaced: it holds `checkpoint`, or something else than an earlier export; or
+            `shards` is not positive.
         ValueError: the tokenizer has no equal in `transformers`.
     """
+    if shards is not None and shards < 1:
+        raise UsageError(f"--num_output_shards {shards} is not positive")
     output = output.resolve()
     _check_replaceable(output, checkpoint.folder.resolve())
     folder = output.with_name(f".{output.name}.tmp")

@@ -241,7 +241,7 @@ def newest_whole(load: Path, iteration: int | None, *, reads_all: bool = False) 
 
 def _tracked(load: Path) -> Path:
     text = (load / TRACKER).read_text(errors="replace").strip()
-    if text != RELEASE and not text.isdecimal():
+    if text != RELEASE and not re.fullmatch(r"\d{1,18}", text):
         raise ValueError(f"{load / TRACKER} says {text[:40]!r}; it should be an iteration's number or 'release'")
     return load / folder_name(None if text == RELEASE else int(text))
 

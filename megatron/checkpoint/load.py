@@ -139,13 +139,25 @@ def _open_hf(folder: Path) -> Checkpoint:
     model = {"model_name": "llama2", **model_fields(config, folder / HF_CONFIG)}
     stored = open_files(folder, _hf_files(folder))
     stored = stored.without([name for name in stored.names() if BUFFERS.fullmatch(name)])
-    if model["tie_embed_logits"]:
-        stored = stored.without(["lm_head.weight"])
     weights = _renamed(stored)
+    if model["tie_embed_logits"]:
+        _check_tied(weights, folder)
+        weights = weights.without(["lm_head.weight"])
     check_complete(weights.names(), ModelConfig(**model), folder)
     _check_shapes(weights, ModelConfig(**model), vocabulary_of(config, folder / HF_CONFIG), folder)
     run = {"config": {"model": model}, "tokens": {key: config[key] for key in TOKENS if key in config}}
     return Checkpoint(folder, 0, run, weights, tokenizer_folder=folder)
+
+
+def _check_tied(weights: SlicedStore, folder: Path) -> None:
+    """A copy of tied embeddings is to be one: with other values `transformers` 4 leaves it out, 5 computes with it."""
+    names = ("embedding.weight", "lm_head.weight")
+    if not set(names) <= set(weights.names()):
+        return
+    embedding, head = map(weights.read, names)
+    if not torch.equal(embedding, head.to(embedding.dtype)):
+        first, second = map(to_hf, names)
+        raise ValueError(f"{folder}: {HF_CONFIG} says tie_word_embeddings, but {second} is not {first}")
 
 
 def _check_shapes(weights: SlicedStore, model: ModelConfig, vocab_size: int, folder: Path) -> None:
@@ -160,7 +172,10 @@ def _check_shapes(weights: SlicedStore, model: ModelConfig, vocab_size: int, fol
 def _hf_files(folder: Path) -> list[Path]:
     for index in HF_INDEXES:
         if (folder / index).is_file():
-            names = sorted(set(read_json(folder / index)["weight_map"].values()))
+            table = read_json(folder / index).get("weight_map")
+            if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+                raise ValueError(f"{folder / index} has no weight_map from names of weights to files")
+            names = sorted(set(table.values()))
             outside = [name for name in names if Path(name).name != name]
             if outside:
                 raise ValueError(f"{folder / index} names {outside[0]!r}, which is not a file of that folder")
@@ -190,4 +205,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _renamed(store: SlicedStore) -> SlicedStore:
-    return store.renamed(lambda name: state_name(name, from_hf))
+    try:
+        return store.renamed(lambda name: state_name(name, from_hf))
+    except ValueError as error:
+        raise ValueError(f"{store.folder}: {error}") from error

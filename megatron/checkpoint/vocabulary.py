@@ -39,10 +39,12 @@ class ResizedVocabulary:
 
     def read(self, name: str, ranges: Ranges | None = None) -> Tensor:
         """The tensor or a part of it."""
-        stored = self.store.shape(name)[0]
-        if not name.endswith(VOCABULARY) or self.vocab_size <= stored:
-            return self.store.read(name, ranges or tuple(slice(0, size) for size in self.shape(name)))
+        if not name.endswith(VOCABULARY):
+            return self.store.read(name, ranges)
         rows, *rest = ranges or tuple(slice(0, size) for size in self.shape(name))
+        stored = self.store.shape(name)[0]
+        if self.vocab_size <= stored:
+            return self.store.read(name, (rows, *rest))
         old = self.store.read(name, (slice(min(rows.start, stored), min(rows.stop, stored)), *rest))
         added = rows.stop - rows.start - len(old)
         row = self._mean(name)[(slice(None), *rest)] if self.as_mean else torch.zeros(1, old.shape[1])

@@ -35,6 +35,8 @@ FIXED = {
     "mlp_bias": False,
 }
 """Keys that must have these values for a model to be a Llama as it is computed here."""
+COUNTS = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size")
+"""Keys that are positive whole numbers."""
 DEFAULT_THETA = 10000.0
 ROTARY_PLACES = ("rope_scaling", "rope_parameters")
 """Where transformers 4 and 5 write rotary settings; the former has `rope_theta` beside it, the latter in it."""
@@ -52,6 +54,11 @@ def model_fields(config: Mapping[str, Any], source: object) -> dict[str, Any]:
     missing = [key for key in REQUIRED if config.get(key) is None]
     if missing:
         raise ValueError(f"{source}: {', '.join(missing)} is missing")
+    for key in COUNTS:
+        if config.get(key) is not None and (type(config[key]) is not int or config[key] < 1):
+            raise ValueError(f"{source}: {key} is {config[key]!r}, not a positive whole number")
+    for key in ("rms_norm_eps", "initializer_range"):
+        _number(config, key, source)
     known = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
     fields = {ours: known[theirs] for theirs, ours in KEYS.items() if theirs in known}
     fields.setdefault("num_attention_heads_kv", fields["num_attention_heads"])
@@ -61,16 +68,21 @@ def model_fields(config: Mapping[str, Any], source: object) -> dict[str, Any]:
 
 def vocabulary_size(config: Mapping[str, Any], source: object) -> int:
     """Number of rows of the embedding."""
-    if "vocab_size" not in config:
+    if config.get("vocab_size") is None:
         raise ValueError(f"{source}: vocab_size is missing")
     return int(config["vocab_size"])
 
 
 def _rotary(config: Mapping[str, Any], source: object) -> dict[str, float]:
     """Rotary settings, from where transformers 4 or 5 writes them."""
-    places = [config[key] for key in ROTARY_PLACES if config.get(key)]
+    places = []
+    for key in ROTARY_PLACES:
+        if config.get(key):
+            if not isinstance(config[key], Mapping):
+                raise ValueError(f"{source}: {key} is {config[key]!r}, not an object")
+            places.append(config[key])
     factors = {_scaling_factor(settings, source) for settings in places}
-    thetas = {float(place["rope_theta"]) for place in (config, *places) if place.get("rope_theta") is not None}
+    thetas = {theta for place in (config, *places) if (theta := _number(place, "rope_theta", source)) is not None}
     if len(factors) > 1 or len(thetas) > 1:
         raise ValueError(f"{source}: rope_theta, {' and '.join(ROTARY_PLACES)} contradict each other")
     return {
@@ -85,9 +97,22 @@ def _scaling_factor(settings: Mapping[str, Any], source: object) -> float:
         raise ValueError(f"{source}: rotary scaling of type {kind!r} is not supported; only 'default' and 'linear'")
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{source}: partial_rotary_factor {settings['partial_rotary_factor']} is not supported")
-    if kind == "linear" and "factor" not in settings:
+    if kind == "default":
+        return 1.0
+    factor = _number(settings, "factor", source)
+    if factor is None:
         raise ValueError(f"{source}: rotary scaling is 'linear', but its factor is missing")
-    return float(settings["factor"]) if kind == "linear" else 1.0
+    return factor
+
+
+def _number(settings: Mapping[str, Any], key: str, source: object) -> float | None:
+    """The number that a key has; None if it is left out or null."""
+    value = settings.get(key)
+    if value is None:
+        return None
+    if type(value) not in (int, float):
+        raise ValueError(f"{source}: {key} is {value!r}, not a number")
+    return float(value)
 
 
 def hf_config(

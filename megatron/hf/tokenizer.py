@@ -1,7 +1,8 @@
 """Our tokenizer as Hugging Face has tokenizers: the same ids for the same text, and the chat template of training."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron.tokenizer.chat import CHAT_TEMPLATE, MESSAGE_END
 from megatron.tokenizer.sentencepiece import MODEL_FILE, SPECIAL_TOKENS_FILE
 
 SPACE = "\u2581"
-NORMAL, UNKNOWN, BYTE = 1, 2, 6
+NORMAL, UNKNOWN, USER_DEFINED = 1, 2, 4
 """Types of pieces in a SentencePiece model."""
 BPE_MODEL = 2
 FILES = (
@@ -46,11 +47,12 @@ def export_tokenizer(source: Path, target: Path) -> None:
     """Write the tokenizer saved in `source` into the Hugging Face folder `target`.
 
     Raises:
-        ValueError: its SentencePiece model is of a kind that has no exact equal there.
+        ValueError: its SentencePiece model, or its special tokens, are of a kind that has no exact equal there.
     """
     tokenizer = load_tokenizer(source)
     proto = _read_proto(source / MODEL_FILE)
     fast = _fast_tokenizer(proto, source / MODEL_FILE)
+    _check_special_tokens(tokenizer.special_tokens, source / SPECIAL_TOKENS_FILE)
     fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in tokenizer.special_tokens])
     wrong = [name for name, token_id in tokenizer.special_tokens.items() if fast.token_to_id(name) != token_id]
     assert not wrong, f"{wrong} got other ids than {tokenizer.special_tokens}"
@@ -77,6 +79,15 @@ def export_tokenizer(source: Path, target: Path) -> None:
     _write_json(target / "special_tokens_map.json", special)
 
 
+def _check_special_tokens(names: Iterable[str], path: Path) -> None:
+    """Of two special tokens at one place training takes the one registered first, `tokenizers` the longest."""
+    for first, second in combinations(names, 2):
+        if second.startswith(first):
+            raise ValueError(
+                f"{path} cannot be exported exactly: {first!r} is registered before {second!r}, which begins with it"
+            )
+
+
 def _read_proto(path: Path) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
@@ -94,7 +105,12 @@ def _fast_tokenizer(proto: Any, path: Path) -> FastTokenizer:
         "it is not a byte-pair (BPE) model": proto.trainer_spec.model_type != BPE_MODEL,
         "it normalizes text": bool(normalizer.precompiled_charsmap),
         "it removes extra spaces": normalizer.remove_extra_whitespaces,
-        "it has user-defined pieces": any(piece.type == 4 for piece in proto.pieces),
+        "it marks spaces behind words": proto.trainer_spec.treat_whitespace_as_suffix,
+        "it does not mark spaces": not normalizer.escape_whitespaces,
+        "it has user-defined pieces": any(piece.type == USER_DEFINED for piece in proto.pieces),
+        "it has a control piece of one character": any(
+            piece.type not in (NORMAL, USER_DEFINED) and len(piece.piece) == 1 for piece in proto.pieces
+        ),
     }
     reasons = [reason for reason, applies in unsupported.items() if applies]
     if reasons:
@@ -114,9 +130,8 @@ def _fast_tokenizer(proto: Any, path: Path) -> FastTokenizer:
     fast = FastTokenizer(model)
     prefix = [normalizers.Prepend(SPACE)] if normalizer.add_dummy_prefix else []
     fast.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
-    fast.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    strip = [decoders.Strip(" ", 1, 0)] if normalizer.add_dummy_prefix else []
+    fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return fast
 
 

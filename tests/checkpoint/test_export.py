@@ -66,6 +66,13 @@ def test_a_failed_export_leaves_nothing(release: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "weights"}
 
 
+@pytest.mark.parametrize("shards", [0, -1])
+def test_a_number_of_files_that_is_none(release: Path, tmp_path: Path, shards: int) -> None:
+    with pytest.raises(UsageError, match=f"--num_output_shards {shards} is not positive"):
+        export(open_checkpoint(release), tmp_path / "out", shards=shards)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "weights"}
+
+
 def test_damaged_weights_are_not_exported(release: Path, tmp_path: Path) -> None:
     file = release / "release" / "model" / "model-tp00-pp00.safetensors"
     data = bytearray(file.read_bytes())

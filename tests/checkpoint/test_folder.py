@@ -147,6 +147,66 @@ def test_a_flipped_bit_is_found_where_all_is_read(tmp_path: Path) -> None:
         open_checkpoint(folder, reads_all=True)
 
 
+FILES = (
+    *("run.json", "manifest.json", "tokenizer/special_tokens.json", "tokenizer/tokenizer.model"),
+    *("model/a.safetensors", "optimizer/a.safetensors"),
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_damaged_file_is_passed_over_with_a_warning(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    (tmp_path / "special_tokens.json").write_text('{"special_tokens": {}}')
+    files = {
+        "model/a.safetensors": [whole(key, tensor) for key, tensor in NEW.items()],
+        "optimizer/a.safetensors": [whole(f"exp_avg.{key}", tensor) for key, tensor in NEW.items()],
+    }
+    save(tmp_path / "all", 100, OLD)
+    tokenizer = [tmp_path / "special_tokens.json", tmp_path / "tokenizer.model"]
+    folder = save_checkpoint(tmp_path / "all", 200, run_of(200), files, tokenizer)
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == set(FILES)
+    data = (folder / name).read_bytes()
+    places = range(0, len(data), 1 + len(data) // 16) if name in ("run.json", "tokenizer/special_tokens.json") else ()
+    flipped = [data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in places]
+    for content in (None, b"", data[: len(data) // 2], data[:-1], *flipped):
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content)
+        assert loads(tmp_path / "all", OLD)
+        assert f"{folder} is damaged" in open_checkpoint(tmp_path / "all").warnings[0]
+        with pytest.raises(ValueError, match=f"{folder} is (damaged|no checkpoint)"):
+            open_checkpoint(folder)
+    (folder / name).write_bytes(data)
+    assert open_checkpoint(tmp_path / "all").iteration == 200
+
+
+def test_a_flipped_manifest_costs_the_checkpoint_or_nothing(tmp_path: Path) -> None:
+    """It only says what to compare: what loads is the new state or, with a warning, the one before."""
+    save(tmp_path, 100, OLD)
+    folder = save(tmp_path, 200, NEW)
+    data = (folder / "manifest.json").read_bytes()
+    kinds = set()
+    for at in range(len(data)):
+        (folder / "manifest.json").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        checkpoint = open_checkpoint(tmp_path)
+        kinds.add((checkpoint.iteration, bool(checkpoint.warnings)))
+        if at % 20 == 0:
+            assert loads(tmp_path, OLD if checkpoint.warnings else NEW)
+    assert kinds == {(100, True), (200, False)}
+    crc = data.index(b'"checksum"', data.index(b"model/")) + len(b'"checksum": "')
+    (folder / "manifest.json").write_bytes(data[:crc] + bytes([data[crc] ^ 4]) + data[crc + 1 :])
+    assert "was changed" in open_checkpoint(tmp_path, reads_all=True).warnings[0]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "-5", "1e3", "200.0", "release 2", "\0", "²", "../iter_0000100", "9" * 300])
+def test_a_tracker_of_nonsense_is_quoted(tmp_path: Path, text: str) -> None:
+    save(tmp_path, 100, OLD)
+    (tmp_path / TRACKER).write_text(text)
+    with pytest.raises(ValueError, match=f"{TRACKER} says .*; it should be an iteration's number or 'release'"):
+        open_checkpoint(tmp_path)
+
+
 def test_no_whole_one_is_left(tmp_path: Path) -> None:
     for iteration in (100, 200):
         (save(tmp_path, iteration, NEW) / "run.json").unlink()

@@ -217,6 +217,40 @@ def test_an_index_with_a_missing_or_foreign_file(tmp_path: Path, shared_data: Pa
         open_checkpoint(source)
 
 
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": []}, {"weight_map": {"x": 5}}, {"weight_map": {"x": ["pytorch_model-0.bin"]}}]
+)
+def test_an_index_without_its_table(tmp_path: Path, shared_data: Path, index: dict[str, Any]) -> None:
+    source = hugging_face(tmp_path / "hf", "indexed bin", shared_data)
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin\.index\.json has no weight_map from names of weights"):
+        open_checkpoint(source)
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("tool", [False, True], ids=["opened", "converted"])
+def test_a_malicious_pickle_in_a_model_is_not_run(tmp_path: Path, shared_data: Path, tool: bool) -> None:
+    source = hugging_face(tmp_path / "hf", "bin", shared_data)
+    weights = torch.load(source / "pytorch_model.bin", weights_only=True)
+    torch.save({**weights, "model.norm.weight": Bomb(tmp_path / "exploded")}, source / "pytorch_model.bin")
+    if tool:
+        assert checkpoint_util("--load_dir", source, "--save_dir", tmp_path / "cut") == 1
+        assert not (tmp_path / "cut").exists()
+    else:
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin: not a file of plain tensors"):
+            open_checkpoint(source)
+    assert not (tmp_path / "exploded").exists()
+
+
 def test_a_folder_that_lacks_weights(tmp_path: Path, shared_data: Path) -> None:
     source = hugging_face(tmp_path / "hf", "bin", shared_data)
     tensors = torch.load(source / "pytorch_model.bin", weights_only=True)

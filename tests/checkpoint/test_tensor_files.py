@@ -14,7 +14,7 @@ from megatron.checkpoint import Slice, TensorStore
 from megatron.checkpoint.folder import file_checksum
 from megatron.checkpoint.safetensors_file import DTYPES, Entry, SafetensorsWriter
 from megatron.checkpoint.store import open_files, write_slices
-from megatron.checkpoint.vocabulary import with_vocabulary
+from megatron.checkpoint.vocabulary import ResizedVocabulary, with_vocabulary
 
 WHOLE = {"embedding.weight": torch.randn(11, 6), "norm": torch.randn(7), "scalar": torch.randn(())}
 
@@ -99,12 +99,26 @@ def test_new_vocabulary_rows_are_the_mean_of_the_old(tmp_path: Path) -> None:
     for rows in [(9, 13), (12, 14), (0, 4), (14, 14)]:
         part = grown.read("embedding.weight", (slice(*rows), slice(2, 5)))
         torch.testing.assert_close(part, expected[slice(*rows), 2:5], rtol=0, atol=1e-7)
-    assert torch.equal(grown.read("norm"), WHOLE["norm"])
+    for name in ("norm", "scalar"):
+        assert torch.equal(grown.read(name), WHOLE[name])
 
 
 def test_a_smaller_vocabulary_leaves_the_last_rows_out(tmp_path: Path) -> None:
     cut_off = with_vocabulary(whole_store(tmp_path), 9)
+    assert cut_off.shape("embedding.weight") == (9, 6)
     assert torch.equal(cut_off.read("embedding.weight"), WHOLE["embedding.weight"][:9])
+    assert torch.equal(
+        cut_off.read("embedding.weight", (slice(7, 9), slice(1, 3))), WHOLE["embedding.weight"][7:9, 1:3]
+    )
+    assert torch.equal(cut_off.read("scalar"), WHOLE["scalar"])
+
+
+def test_new_rows_of_optimizer_state_are_zero(tmp_path: Path) -> None:
+    table = WHOLE["embedding.weight"]
+    write_slices(tmp_path / "x.safetensors", [Slice.of("exp_avg.embedding.weight", (11, 6), (0, 0), table)])
+    store = open_files(tmp_path, [tmp_path / "x.safetensors"])
+    grown = ResizedVocabulary(store, 14, as_mean=False).read("exp_avg.embedding.weight", (slice(9, 13), slice(0, 6)))
+    assert torch.equal(grown, torch.cat([table[9:], torch.zeros(2, 6)]))
 
 
 class Bomb:

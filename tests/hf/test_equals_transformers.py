@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_llamas import LINEAR, VARIANTS, edit_config, filled_model, logits, save_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -35,6 +36,22 @@ def test_settings_where_transformers_4_wrote_them(tmp_path: Path) -> None:
     model = save_llama(tmp_path, rope_parameters={**LINEAR, "rope_theta": 5e5})
     edit_config(tmp_path, rope_parameters=None, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
     assert_same_logits(tmp_path, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_model_with_a_copy_of_its_embedding(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A true copy only: with other values `transformers` 5 computes with it, 4 does not."""
+    model = save_llama(tmp_path, tie_word_embeddings=True)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    embedding = weights["model.embed_tokens.weight"]
+    embedding.copy_(embedding.bfloat16())
+    model.load_state_dict(weights, strict=False)
+    save_file({**weights, "lm_head.weight": embedding.to(dtype, copy=True)}, path, {"format": "pt"})
+    assert_same_logits(tmp_path, model)
+    save_file({**weights, "lm_head.weight": embedding.to(dtype) + 1}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"says tie_word_embeddings, but lm_head.weight is not model.embed_tokens"):
+        open_checkpoint(tmp_path)
 
 
 def test_several_files(tmp_path: Path) -> None:
