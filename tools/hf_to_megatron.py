@@ -31,6 +31,8 @@ def main(argv: list[str]) -> None:
     from megatron.hf.hub import model_folder
 
     source = model_folder(options.model_path, options.cache_dir)
+    if source.resolve() == Path(options.out).resolve():
+        raise UsageError("--out is --model-path; give another folder, so that the model stays as it is")
     checkpoint, out = open_checkpoint(source), Path(options.out)
     with Progress(checkpoint.weights) as progress:
         if options.size is not None and not progress.parameters_agree_with(options.size):

@@ -160,6 +160,8 @@ def test_wrong_usage_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--target_tensor_parallel_size 3 does not divide the 4 attention heads"):
         reshard(release, tmp_path / "tp3", 3, 1)
     assert not (tmp_path / "tp3").exists()
+    with pytest.raises(UsageError, match="--out is --model-path"):
+        hf_to_megatron(["llama2", "--model-path", str(tmp_path / "hf"), "--out", str(tmp_path / "hf")])
     with pytest.raises(UsageError, match="--save_dir is --load_dir"):
         reshard(release, release, 1, 1)
     with pytest.raises(UsageError, match="--output_dir is --input_dir"):
