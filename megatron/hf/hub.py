@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "merges.txt"]
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
+PICKLED = ["*.bin"]
 
 
 def model_folder(path_or_name: str, cache_dir: str | None) -> Path:
@@ -17,7 +18,11 @@ def model_folder(path_or_name: str, cache_dir: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path_or_name, cache_dir=cache_dir, allow_patterns=PATTERNS))
+        folder = Path(snapshot_download(path_or_name, cache_dir=cache_dir, allow_patterns=PATTERNS))
+        if any(folder.glob("*.safetensors")):
+            return folder
+        # Many models come in both forms, of which one is enough.
+        return Path(snapshot_download(path_or_name, cache_dir=cache_dir, allow_patterns=PATTERNS + PICKLED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
