@@ -6,7 +6,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, normalizers
+from tokenizers import AddedToken, Regex, decoders, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
@@ -18,6 +18,8 @@ SPACE = "\u2581"
 NORMAL, UNKNOWN, USER_DEFINED = 1, 2, 4
 """Types of pieces in a SentencePiece model."""
 BPE_MODEL = 2
+EXTRA_SPACES = ((r"\A +", ""), (rf"[ {SPACE}]+\z", ""), (" +", " "))
+"""What a model that removes extra spaces replaces: at the beginning and end of the text, between words."""
 FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
@@ -104,7 +106,6 @@ def _fast_tokenizer(proto: Any, path: Path) -> FastTokenizer:
     unsupported = {
         "it is not a byte-pair (BPE) model": proto.trainer_spec.model_type != BPE_MODEL,
         "it normalizes text": bool(normalizer.precompiled_charsmap),
-        "it removes extra spaces": normalizer.remove_extra_whitespaces,
         "it marks spaces behind words": proto.trainer_spec.treat_whitespace_as_suffix,
         "it does not mark spaces": not normalizer.escape_whitespaces,
         "it has user-defined pieces": any(piece.type == USER_DEFINED for piece in proto.pieces),
@@ -116,7 +117,7 @@ def _fast_tokenizer(proto: Any, path: Path) -> FastTokenizer:
     if reasons:
         raise ValueError(
             f"{path} cannot be exported exactly: {', '.join(reasons)}; train it with model_type=bpe, "
-            "normalization_rule_name=identity, remove_extra_whitespaces=False"
+            "normalization_rule_name=identity"
         )
     vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     unknown = next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN)
@@ -128,8 +129,14 @@ def _fast_tokenizer(proto: Any, path: Path) -> FastTokenizer:
         byte_fallback=proto.trainer_spec.byte_fallback,
     )
     fast = FastTokenizer(model)
-    prefix = [normalizers.Prepend(SPACE)] if normalizer.add_dummy_prefix else []
-    fast.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
+    extra = [normalizers.Replace(Regex(pattern), new) for pattern, new in EXTRA_SPACES]
+    fast.normalizer = normalizers.Sequence(
+        [
+            *(extra if normalizer.remove_extra_whitespaces else []),
+            *([normalizers.Prepend(SPACE)] if normalizer.add_dummy_prefix else []),
+            normalizers.Replace(" ", SPACE),
+        ]
+    )
     strip = [decoders.Strip(" ", 1, 0)] if normalizer.add_dummy_prefix else []
     fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return fast
