@@ -116,7 +116,7 @@ run torchrun --standalone --nproc_per_node "$TP" finetune.py \
     --data_type instruction \
     --variable_seq_lengths \
     --vocab_extra_ids_list "<|im_start|>,<|im_end|>" \
-    --log_interval 10 --save_interval 1000 --eval_interval 250 --eval_iters 5 \
+    --log_interval $((ITERS > 100 ? 10 : 1)) --save_interval 1000 --eval_interval 250 --eval_iters 5 \
     --train_iters "$ITERS" --lr_decay_style cosine --lr_warmup_fraction 0.1 --lr 4e-3 --min_lr 2e-4 --adam_beta2 0.98 |
     tee "$OUT/training.log"
 
