@@ -1,9 +1,10 @@
-"""Ask a model unseen questions, before and after training, and count the answers that are exactly right."""
+"""Ask a model unseen questions, before and after training, and count the final answers that are exactly right."""
 
 import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,28 @@ class Options:
 def main(argv: list[str]) -> None:
     """Evaluate both models and show an answer."""
     (options,) = parse_command(argv, Options, prog="evaluate.py", description=__doc__ or "")
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(options.after)
-    lines = Path(options.questions).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines[: options.count]]
+    with Path(options.questions).open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in islice(lines, options.count)]
     for name, folder in {"before": options.before, "after": options.after}.items():
-        model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         answers = ask(model, tokenizer, rows, options.max_new_tokens)
-        right = sum(answer == row["response"] for answer, row in zip(answers, rows, strict=True))
+        right = sum(final(answer) == final(row["response"]) for answer, row in zip(answers, rows, strict=True))
         print(f"exact match {name} training: {right} of {len(rows)} held-out questions ({right / len(rows):.0%})")
+        del model
     print(f"\nquestion: {rows[0]['question']}\nanswer:   {answers[0]}")
+
+
+def final(answer: str) -> str:
+    """What a chain of thought concludes: the text after its last "answer is", or all of it where that is missing."""
+    return answer.rpartition("answer is")[2].strip()
 
 
 def ask(model: Any, tokenizer: Any, rows: list[dict[str, str]], max_new_tokens: int) -> list[str]:
@@ -44,16 +55,15 @@ def ask(model: Any, tokenizer: Any, rows: list[dict[str, str]], max_new_tokens: 
 
     groups: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
     for number, row in enumerate(rows):
-        messages = [
-            {"role": "system", "content": row.get("system_prompt", "")},
-            {"role": "user", "content": row["question"]},
-        ]
+        messages = [{"role": "user", "content": row["question"]}]
+        if row.get("system_prompt") is not None:
+            messages.insert(0, {"role": "system", "content": row["system_prompt"]})
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         groups[len(ids)].append((number, ids))
     answers = [""] * len(rows)
     for length, group in groups.items():
-        prompts = torch.tensor([ids for _, ids in group])
+        prompts = torch.tensor([ids for _, ids in group], device=model.device)
         out = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),

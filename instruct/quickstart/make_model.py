@@ -13,6 +13,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 ROLES = ("system", "question", "answer")
 
@@ -42,7 +43,7 @@ def train_tokenizer(data: Path, vocab_size: int, folder: Path) -> Path:
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
         num_threads=2,
-        minloglevel=1,
+        minloglevel=2,
     )
     (folder / "tokenizer.vocab").unlink()
     return folder / "tokenizer.model"
@@ -68,6 +69,7 @@ def model_config(vocab_size: int) -> LlamaConfig:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="Training rows (.jsonl).")
     parser.add_argument("--out", type=Path, required=True, help="Folder to write.")
@@ -76,6 +78,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1234)
     options = parser.parse_args()
 
+    logging.disable_progress_bar()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.tokenizer:
         model_file = Path(shutil.copyfile(options.tokenizer, options.out / "tokenizer.model"))

@@ -33,7 +33,11 @@ def test_runs_from_data_to_an_answer(tmp_path: Path) -> None:
 
 
 def test_wrong_options_are_named(tmp_path: Path) -> None:
-    for options, message in [(["--modle", "x"], "unknown option --modle"), (["--tp"], "--tp needs a value")]:
+    for options, message in [
+        (["--modle", "x"], "unknown option --modle"),
+        (["--tp"], "--tp needs a value"),
+        (["--data", tmp_path / "absent.jsonl"], f"no file {tmp_path}/absent.jsonl"),
+    ]:
         result = quickstart(*options)
         assert (result.returncode, message in result.stdout) == (2, True)
     assert "--tokenizer FILE" in quickstart("--help").stdout
