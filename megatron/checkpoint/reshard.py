@@ -77,11 +77,6 @@ def reshard(
     return save_checkpoint(save, iteration, run, files, checkpoint.tokenizer_files, progress=progress)
 
 
-def stored_bytes(store: TensorStore, dtype: torch.dtype | None) -> int:
-    """Size of all tensors, cast to `dtype` where given."""
-    return sum(Entry(n, dtype or store.dtype(n), store.shape(n)).size for n in store.names())
-
-
 def _slices(
     weights: TensorStore, model: ModelConfig, layout: Layout, tensor: int, stage: int, dtype: torch.dtype | None
 ) -> Iterator[Slice]:
