@@ -161,7 +161,8 @@ run python tools/checkpoint_util.py \
     --target_pipeline_parallel_size 1 \
     --load_dir "$OUT/finetuned" \
     --save_dir "$OUT/merged" \
-    --model_type "$FAMILY"
+    --model_type "$FAMILY" \
+    --no_optim
 run python tools/megatron_to_hf.py --input_dir "$OUT/merged" --output_dir "$OUT/hf"
 
 title "What it has learned"

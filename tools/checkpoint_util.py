@@ -6,7 +6,7 @@ expect.
 
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.config import FAMILIES, UsageError, option, parse_command, run_entry
@@ -26,7 +26,8 @@ class Options:
     true_vocab_size: int | None = option(
         None, "Rows of the vocabulary: fewer are cut off, further ones start as the mean of the others."
     )
-    bf16: bool = option(False, "Cast the weights to bf16.")
+    bf16: bool = option(False, "Cast the weights to bf16, and leave the optimizer state out.")
+    optim: bool = option(True, "Leave the optimizer state out: for weights that are only converted.")
     load_iters: int | None = option(None, "Iteration to load; by default the newest.")
 
 
@@ -49,7 +50,11 @@ def main(argv: list[str]) -> None:
         print(f"note: the checkpoint is of {checkpoint.model.model_name}; --model_type {options.model_type} is ignored")
     layout = Layout(options.target_tensor_parallel_size, options.target_pipeline_parallel_size)
     dtype = torch.bfloat16 if options.bf16 else None
-    with Progress(checkpoint.weights, dtype) as progress:
+    if checkpoint.optimizer and options.optim and options.bf16:
+        print("note: --bf16 leaves the optimizer state out; training resumes from the original, into any layout")
+    if options.bf16 or not options.optim:
+        checkpoint = replace(checkpoint, optimizer=None)
+    with Progress(checkpoint.weights, dtype, checkpoint.optimizer) as progress:
         folder = reshard(
             checkpoint,
             save,
@@ -64,8 +69,6 @@ def main(argv: list[str]) -> None:
     added = (options.true_vocab_size or checkpoint.vocab_size) - checkpoint.vocab_size
     if added:
         print(f"vocabulary: {checkpoint.vocab_size} -> {options.true_vocab_size} rows ({added:+d})")
-    if checkpoint.optimizer:
-        print("optimizer state is left out; training takes it from the original checkpoint, into any layout")
     print(f"{checkpoint.folder} -> {folder}, {layout.tensor} tensor x {layout.pipeline} pipeline: {progress.summary()}")
 
 

@@ -11,13 +11,22 @@ from megatron.checkpoint.store import TensorStore
 
 
 class Progress:
-    """A bar over the bytes of a store's tensors, silent where there is no terminal, and the figures of a summary."""
+    """A bar over the bytes of a checkpoint's tensors, silent where there is no terminal, and the figures of a summary.
 
-    def __init__(self, store: TensorStore, dtype: torch.dtype | None = None) -> None:
-        entries = [Entry(name, dtype or store.dtype(name), store.shape(name)) for name in store.names()]
-        self.tensors = len(entries)
-        self.parameters = sum(torch.Size(entry.shape).numel() for entry in entries)
-        self._bar = tqdm(total=sum(entry.size for entry in entries), unit="B", unit_scale=True, disable=None)
+    Args:
+        store: of the weights.
+        dtype: that they are written in; by default as stored.
+        optimizer: its state, where that is written, too.
+    """
+
+    def __init__(
+        self, store: TensorStore, dtype: torch.dtype | None = None, optimizer: TensorStore | None = None
+    ) -> None:
+        weights, state = _entries(store, dtype), _entries(optimizer) if optimizer else []
+        self.tensors = len(weights) + len(state)
+        self.parameters = sum(torch.Size(entry.shape).numel() for entry in weights)
+        self._what = " with optimizer state" if state else ""
+        self._bar = tqdm(total=sum(entry.size for entry in weights + state), unit="B", unit_scale=True, disable=None)
         self._bytes = 0
         self._start = time.perf_counter()
 
@@ -41,4 +50,9 @@ class Progress:
     def summary(self) -> str:
         """What was done."""
         seconds = time.perf_counter() - self._start
-        return f"{self.tensors} tensors, {self.parameters:,} parameters, {self._bytes / 1e6:,.1f} MB in {seconds:.1f} s"
+        figures = f"{self.tensors} tensors, {self.parameters:,} parameters{self._what}, {self._bytes / 1e6:,.1f} MB"
+        return f"{figures} in {seconds:.1f} s"
+
+
+def _entries(store: TensorStore, dtype: torch.dtype | None = None) -> list[Entry]:
+    return [Entry(name, dtype or store.dtype(name), store.shape(name)) for name in store.names()]

@@ -12,7 +12,7 @@ from megatron.checkpoint.folder import folder_name
 from megatron.checkpoint.load import Checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.checkpoint.store import Entry, Ranges, Slice, TensorStore
-from megatron.checkpoint.vocabulary import vocabulary_size, with_vocabulary
+from megatron.checkpoint.vocabulary import ResizedVocabulary, with_vocabulary
 from megatron.config import ModelConfig, UsageError
 from megatron.parallel.plan import check_layout, split_of, stage_of, tensor_ranges
 
@@ -42,15 +42,15 @@ def reshard(
     dtype: torch.dtype | None = None,
     progress: Callable[[int], object] = lambda size: None,
 ) -> Path:
-    """Write the weights of `checkpoint` below `save`, cut for `layout`; optimizer state is left out.
+    """Write `checkpoint` below `save`, cut for `layout`: each tensor of the optimizer as the weight it belongs to.
 
     Args:
-        checkpoint: of any layout, or a Hugging Face folder.
+        checkpoint: of any layout, or a Hugging Face folder; training resumes from the result as from it.
         save: a folder of checkpoints.
         layout: for which one file a rank is written.
         model_name: the family to note for a Hugging Face folder; any other checkpoint knows its own.
-        vocab_size: rows of the vocabulary; by default as stored.
-        dtype: of the weights; by default as stored.
+        vocab_size: rows of the vocabulary; by default as stored. Optimizer state of new rows is zero.
+        dtype: of the weights; by default as stored. Optimizer state is always as stored.
         progress: is told the bytes written.
 
     Raises:
@@ -65,46 +65,60 @@ def reshard(
     run = _description(checkpoint, layout, model_name)
     model = ModelConfig(**run["config"]["model"])
     check_layout(model, layout.tensor, layout.pipeline, FLAGS)
-    weights = with_vocabulary(checkpoint.weights, vocab_size or checkpoint.vocab_size)
-    run["vocab_size"] = vocabulary_size(weights)
-    files = {
-        f"model/model-tp{tensor:02d}-pp{stage:02d}.safetensors": list(
-            _slices(weights, model, layout, tensor, stage, dtype)
+    run["vocab_size"] = rows = vocab_size or checkpoint.vocab_size
+    files = _files("model", with_vocabulary(checkpoint.weights, rows), model, layout, dtype)
+    if checkpoint.optimizer:
+        files |= _files("optimizer", ResizedVocabulary(checkpoint.optimizer, rows, as_mean=False), model, layout)
+    return save_checkpoint(save, iteration, run, files, checkpoint.tokenizer_files, progress=progress)
+
+
+def _files(
+    folder: str, store: TensorStore, model: ModelConfig, layout: Layout, dtype: torch.dtype | None = None
+) -> dict[str, list[Slice]]:
+    """The files of all model-parallel ranks in "model" (weights) or "optimizer" (`KEY.WEIGHT`)."""
+    weights = {name: name.partition(".")[2] if folder == "optimizer" else name for name in store.names()}
+    return {
+        f"{folder}/{folder}-tp{tensor:02d}-pp{stage:02d}.safetensors": list(
+            _slices(store, weights, model, layout, tensor, stage, dtype)
         )
         for stage in range(layout.pipeline)
         for tensor in range(layout.tensor)
     }
-    return save_checkpoint(save, iteration, run, files, checkpoint.tokenizer_files, progress=progress)
 
 
 def _slices(
-    weights: TensorStore, model: ModelConfig, layout: Layout, tensor: int, stage: int, dtype: torch.dtype | None
+    store: TensorStore,
+    weights: Mapping[str, str],
+    model: ModelConfig,
+    layout: Layout,
+    tensor: int,
+    stage: int,
+    dtype: torch.dtype | None,
 ) -> Iterator[Slice]:
-    """What the file of one model-parallel rank holds; a weight that is whole on every rank is in the first one's."""
+    """What the file of one model-parallel rank holds: of each tensor the part that the rank has of its weight.
+
+    A weight that is whole on every rank is in the first one's.
+    """
     assert model.num_layers
-    for name in weights.names():
-        is_whole = split_of(name, model, layout.tensor).dim is None
-        if stage_of(name, model.num_layers, layout.pipeline) != stage or (is_whole and tensor):
+    for name, weight in weights.items():
+        is_whole = split_of(weight, model, layout.tensor).dim is None
+        if stage_of(weight, model.num_layers, layout.pipeline) != stage or (is_whole and tensor):
             continue
-        shape = weights.shape(name)
-        ranges = tensor_ranges(name, shape, model, layout.tensor, tensor)
-        entry = Entry(name, dtype or weights.dtype(name), tuple(r.stop - r.start for r in ranges))
+        shape = store.shape(name)
+        ranges = tensor_ranges(weight, shape, model, layout.tensor, tensor)
+        entry = Entry(name, dtype or store.dtype(name), tuple(r.stop - r.start for r in ranges))
         if not entry.size:
             continue
-        yield Slice(name, shape, tuple(r.start for r in ranges), entry, partial(_read, weights, ranges, entry))
+        yield Slice(name, shape, tuple(r.start for r in ranges), entry, partial(_read, store, ranges, entry))
 
 
-def _read(weights: TensorStore, ranges: Ranges, entry: Entry) -> torch.Tensor:
-    return weights.read(entry.name, ranges).to(entry.dtype)
+def _read(store: TensorStore, ranges: Ranges, entry: Entry) -> torch.Tensor:
+    return store.read(entry.name, ranges).to(entry.dtype)
 
 
 def _description(checkpoint: Checkpoint, layout: Layout, model_name: str | None) -> dict[str, Any]:
-    """run.json of the new checkpoint: the old one's, without what belongs to the optimizer."""
+    """run.json of the new checkpoint: the old one's, of another layout."""
     config: Mapping[str, Any] = checkpoint.run["config"]
     model = {**config["model"], **({"model_name": model_name} if model_name and checkpoint.is_hugging_face else {})}
     sizes = {"tensor_model_parallel_size": layout.tensor, "pipeline_model_parallel_size": layout.pipeline}
-    kept = ("iteration", "consumed_samples", "schedule", "tokens", "tokenizer_fingerprint", "versions")
-    return {
-        "config": {**config, "model": model, "parallel": {**config.get("parallel", {}), **sizes}},
-        **{key: checkpoint.run[key] for key in kept if key in checkpoint.run},
-    }
+    return {**checkpoint.run, "config": {**config, "model": model, "parallel": {**config.get("parallel", {}), **sizes}}}
