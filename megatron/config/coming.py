@@ -7,10 +7,7 @@ from megatron.config.model import ModelConfig
 from megatron.config.run import RunConfig
 
 COMING: dict[str, Callable[[RunConfig], object]] = {
-    "--pipeline_model_parallel_size above 1": lambda c: c.parallel.pipeline_model_parallel_size > 1,
-    "--num_layers_per_virtual_pipeline_stage": lambda c: c.parallel.num_layers_per_virtual_pipeline_stage,
     "--data_type gpt (the default; pass --data_type instruction)": lambda c: c.data.data_type == "gpt",
-    "--rampup_batch_size": lambda c: c.training.rampup_batch_size,
     "--metrics": lambda c: c.logging.metrics,
     "a blend of several data paths": lambda c: any(len(paths or ()) > 1 for paths in _paths(c)),
     "a --tokenizer_type other than SentencePieceTokenizer": lambda c: (

@@ -42,7 +42,13 @@ class DataConfig:
     )
     variable_seq_lengths: bool = option(False, "Make rows only as long as their micro batch needs.")
     scalar_loss_mask: float = option(0.0, "Loss weight of tokens that are not the assistant's.", within="[0, inf)")
-    packing: str = option("none", "How samples are laid into rows: none pads them.", choices=("none",))
+    packing: str | None = option(
+        None,
+        "padding_free: samples one after the other, as many as --micro_batch_size x --seq_length tokens hold; "
+        "none: a row each, padded. By default padding_free under --variable_seq_lengths, else none.",
+        choices=("none", "padding_free"),
+    )
+    drop_long_samples: bool = option(False, "Leave samples longer than --seq_length out instead of cutting them off.")
     num_workers: int = option(
         2, "0: read batches when they are needed; more: one thread reads ahead.", within="[0, inf)"
     )

@@ -33,6 +33,11 @@ class LoggingConfig:
     wandb_id: str | None = option(None, "Id of the run at Weights & Biases.")
     wandb_resume: str = option("allow", "How Weights & Biases resumes a run.")
     wandb_api_key: str | None = option(None, "Key for Weights & Biases; the variable WANDB_API_KEY is safer.")
+    peak_tflops: float | None = option(
+        None,
+        "Peak teraflops of a device, to log what share of it the model uses; known for common GPUs in bf16 and fp16.",
+        within="(0, inf)",
+    )
     metrics: tuple[str, ...] = option((), "Further metrics to log.", choices=METRICS, nargs="+")
 
     def __post_init__(self) -> None:

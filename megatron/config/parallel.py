@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron.config.errors import UsageError
 from megatron.config.option import check_values, option
 
 
@@ -14,7 +15,15 @@ class ParallelConfig:
         1, "Groups of ranks that each hold some of the layers.", within="[1, inf)"
     )
     num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, "Layers of a chunk of an interleaved pipeline.", within="[1, inf)"
+        None,
+        "Interleave: a stage holds several chunks of at most so many layers; no effect with one stage.",
+        within="[1, inf)",
+    )
+    layers_per_pipeline_stage: tuple[int, ...] = option(
+        (),
+        "Layers of each stage, from the first; interleaved, of each chunk in the order of the layers. By default even.",
+        within="[1, inf)",
+        nargs="+",
     )
     sequence_parallel: bool = option(
         False, "Divide the tokens, too, over tensor-parallel ranks between the products; no effect with one rank."
@@ -29,6 +38,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.layers_per_pipeline_stage and self.num_layers_per_virtual_pipeline_stage:
+            raise UsageError(
+                "--layers_per_pipeline_stage and --num_layers_per_virtual_pipeline_stage exclude each other; give one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

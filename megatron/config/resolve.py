@@ -48,15 +48,14 @@ def resolve_run(typed: Mapping[str, Any], stored: Mapping[str, Any] | None = Non
         UsageError: something is missing, contradicts something else, or does not fit the checkpoint.
     """
     takes_stored = bool(typed.get("use_checkpoint_args"))
-    taken = {name: value for name, value in (stored or {}).items() if name != "pipeline_model_parallel_size"}
-    values = {**(taken if takes_stored else {}), **typed}
+    values = {**(stored if stored and takes_stored else {}), **typed}
     if takes_stored and stored:
         _compare({name: typed[name] for name in SHAPES if name in typed}, stored, "leave the flag out")
     family = FAMILIES.get(values.get("model_name", ModelConfig.model_name))
     if family:
         _check_required(family, values, typed)
         values = {**family.requires, **family.advises, **values}
-    values = _derived(values, loads="load" in typed)
+    values = {"packing": _packing(values), **_derived(values, loads="load" in typed)}
     if stored and not takes_stored:
         names = (*SHAPES, *MEANINGS, *(family.requires if family else ()))
         checked = {name: values[name] for name in names if name in values}
@@ -82,6 +81,12 @@ def _check_required(family: Family, values: Mapping[str, Any], typed: Mapping[st
         if name in typed:
             raise UsageError(f"{flag_of(name)} {typed[name]} contradicts {model}; leave the flag out")
         raise UsageError(f"the checkpoint has {name} = {values[name]}, not {model}; give the --model_name it is of")
+
+
+def _packing(values: Mapping[str, Any]) -> str:
+    """The layout of rows where none is asked for; a mean of means is the reference's over rows of one sample."""
+    is_free = values.get("variable_seq_lengths") and values.get("calculate_per_token_loss", True)
+    return "padding_free" if is_free else "none"
 
 
 def _derived(values: Mapping[str, Any], loads: bool) -> dict[str, Any]:

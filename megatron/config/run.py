@@ -43,6 +43,11 @@ class RunConfig:
             raise UsageError("training needs a length: give --train_iters or --train_samples (or --eval_only)")
         if not training.eval_only and self.schedule.lr is None:
             raise UsageError("training needs a learning rate: give --lr")
+        if self.data.packing == "padding_free" and not training.calculate_per_token_loss:
+            raise UsageError(
+                "--no_calculate_per_token_loss takes a mean over rows of one sample each, which --packing padding_free "
+                "does not have; leave one of them out"
+            )
         self._check_units()
         self._check_length()
 

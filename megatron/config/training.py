@@ -16,8 +16,11 @@ class TrainingConfig:
     global_batch_size: int | None = option(
         None, "Samples in one iteration; by default --micro_batch_size x data-parallel ranks.", within="[1, inf)"
     )
-    rampup_batch_size: tuple[str, ...] | None = option(
-        None, "START INCREMENT SAMPLES: let the global batch grow.", nargs="*"
+    rampup_batch_size: tuple[int, ...] | None = option(
+        None,
+        "START INCREMENT SAMPLES: let the global batch grow from START by INCREMENT at a time, over SAMPLES samples.",
+        within="[1, inf)",
+        nargs="*",
     )
     train_iters: int | None = option(None, "Number of iterations.", within="[1, inf)")
     train_samples: int | None = option(None, "Number of samples, instead of --train_iters.", within="[1, inf)")
@@ -36,11 +39,13 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        micro, total = self.micro_batch_size, self.global_batch_size
-        if micro and total and total % micro:
-            raise UsageError(f"--global_batch_size {total} is not a multiple of --micro_batch_size {micro}")
         if self.train_iters and self.train_samples:
             raise UsageError("--train_iters and --train_samples exclude each other; give one")
+        rampup = self.rampup_batch_size
+        if rampup is not None and len(rampup) != 3:
+            raise UsageError("--rampup_batch_size takes three numbers: START INCREMENT SAMPLES")
+        if rampup and not self.train_samples:
+            raise UsageError("--rampup_batch_size needs --train_samples: iterations differ in their samples")
 
 
 @dataclass(frozen=True, kw_only=True)

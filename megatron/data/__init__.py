@@ -5,12 +5,13 @@ Out: `PREFIX-text` and `PREFIX-role` files; `GlobalBatch` objects of NumPy array
 """
 
 from megatron.data.batch import MicroBatch, RowOptions
-from megatron.data.indexed import IndexedDataset, IndexedWriter
+from megatron.data.indexed import Array, IndexedDataset, IndexedWriter
 from megatron.data.instruction import InstructionDataset
 from megatron.data.plan import GlobalBatch, InstructionBatches
 from megatron.data.splits import DataSplit, DataSplits, build_instruction_splits
 
 __all__ = [
+    "Array",
     "DataSplit",
     "DataSplits",
     "GlobalBatch",

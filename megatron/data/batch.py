@@ -14,6 +14,8 @@ from megatron.tokenizer.chat import Role
 Array = np.ndarray[Any, np.dtype[Any]]
 Sample = tuple[Array, Array]
 """Tokens and roles, int64 [n] each."""
+Dealt = list[list[Array]]
+"""[rank][micro batch] -> positions in the global batch, int64; the same number of micro batches for each rank."""
 ROUNDING = 16
 """Rows of variable length are multiples of this."""
 
@@ -46,12 +48,13 @@ class RowOptions:
     """How samples become rows.
 
     Attributes:
-        micro_batch_size: samples in a micro batch.
+        micro_batch_size: samples in a micro batch, or, packed, tokens in it by the `seq_length`.
         seq_length: most input tokens of a sample; what is longer is cut off.
         variable_seq_lengths: make rows as long as the micro batch needs, instead of `seq_length`.
         scalar_loss_mask: loss weight of tokens that are not the assistant's.
         pad_id: what fills the unused positions; any id does, since padding is known by length.
         row_multiple: t is a multiple of this (the tensor-parallel size).
+        least_micro_batches: of a packed batch, if it has the samples, so that a pipeline is kept busy.
     """
 
     micro_batch_size: int
@@ -60,6 +63,11 @@ class RowOptions:
     scalar_loss_mask: float = 0.0
     pad_id: int = 0
     row_multiple: int = 1
+    least_micro_batches: int = 1
+
+    def input_tokens(self, lengths: Array) -> Array:
+        """How many input tokens samples of `lengths` tokens have: the last one is only predicted; cut off, int64."""
+        return np.clip(lengths.astype(np.int64) - 1, 0, self.seq_length)
 
 
 def padded_rows(samples: Sequence[Sample], options: RowOptions) -> MicroBatch:
@@ -76,14 +84,31 @@ def padded_rows(samples: Sequence[Sample], options: RowOptions) -> MicroBatch:
     labels = np.full_like(tokens, options.pad_id)
     weights = np.zeros(tokens.shape, np.float32)
     useful = 0
-    for row, (ids, roles) in enumerate(samples):
-        size = max(min(len(ids) - 1, length), 0)
-        tokens[row, :size] = ids[:size]
-        labels[row, :size] = ids[1 : size + 1]
-        weights[row, :size] = np.where(roles[1 : size + 1] == Role.ASSISTANT, 1.0, options.scalar_loss_mask)
+    for row, sample in enumerate(samples):
+        inputs, predicted, weight = _inputs(sample, options)
+        size = len(inputs)
+        tokens[row, :size], labels[row, :size], weights[row, :size] = inputs, predicted, weight
         useful += size
     starts = np.arange(len(samples) + 1, dtype=np.int32) * length
     return _fill_up(tokens.ravel(), labels.ravel(), weights.ravel(), starts, useful, options)
+
+
+def packed_rows(samples: Sequence[Sample], options: RowOptions) -> MicroBatch:
+    """The samples one after the other, each a document; those without anything to predict are left out."""
+    parts = [part for part in (_inputs(sample, options) for sample in samples) if len(part[0])]
+    if not parts:
+        return ignored_rows(options)
+    tokens, labels, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+    starts = np.cumsum([0, *(len(inputs) for inputs, _, _ in parts)], dtype=np.int32)
+    return _fill_up(tokens, labels, weights, starts, len(tokens), options)
+
+
+def _inputs(sample: Sample, options: RowOptions) -> tuple[Array, Array, Array]:
+    """(input ids, labels, loss weights by the role of the label) of a sample, cut off at `seq_length`."""
+    ids, roles = sample
+    size = int(options.input_tokens(np.array(len(ids))))
+    weights = np.where(roles[1 : size + 1] == Role.ASSISTANT, 1.0, options.scalar_loss_mask).astype(np.float32)
+    return ids[:size], ids[1 : size + 1], weights
 
 
 def ignored_rows(options: RowOptions) -> MicroBatch:

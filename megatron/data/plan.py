@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron.data.batch import MicroBatch, RowOptions, Sample, padded_rows
+from megatron.data.batch import Dealt, MicroBatch, RowOptions, Sample, packed_rows, padded_rows
 from megatron.data.indexed import Array
 from megatron.data.instruction import InstructionDataset
 from megatron.data.order import SampleOrder
-
-Dealt = list[list[Array]]
-"""[rank][micro batch] -> positions in the global batch, int64; the same number of micro batches for each rank."""
+from megatron.data.packing import deal_by_tokens
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def deal_in_order(lengths: Array, options: RowOptions, data_parallel_size: int) 
     ]
 
 
-LAYOUTS = {"none": Layout(deal_in_order, padded_rows)}
+LAYOUTS = {"none": Layout(deal_in_order, padded_rows), "padding_free": Layout(deal_by_tokens, packed_rows)}
 """`--packing` -> layout."""
 
 
@@ -54,11 +52,13 @@ class GlobalBatch:
     Attributes:
         micro_batches: of this rank; every rank has the same number.
         sample_indices: int64 [n], dataset rows of the whole global batch; fewer than its size where a single pass ends.
+        input_tokens: int64 [n], of each of them, cut off at `seq_length`.
         truncated: how many samples of the whole global batch are longer than `seq_length` inputs and were cut.
     """
 
     micro_batches: list[MicroBatch]
     sample_indices: Array
+    input_tokens: Array
     truncated: int
 
 
@@ -116,6 +116,7 @@ class InstructionBatches:
         return GlobalBatch(
             micro_batches=[layout.rows([self.dataset[int(i)] for i in samples[part]], self.rows) for part in mine],
             sample_indices=samples,
+            input_tokens=self.rows.input_tokens(lengths),
             truncated=int((lengths > self.rows.seq_length + 1).sum()),
         )
 

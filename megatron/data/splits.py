@@ -15,10 +15,11 @@ NAMES = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class DataSplit:
-    """Rows of a dataset: `indices` int64, rising."""
+    """Rows of a dataset: `indices` int64, rising; `dropped` further ones of the split are too long."""
 
     dataset: InstructionDataset
     indices: Array
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def build_instruction_splits(config: DataConfig) -> DataSplits:
     `--data_impl` makes no difference: files are always memory-mapped.
 
     Raises:
-        UsageError: no path, several for one split, or a path without files.
+        UsageError: no path, several for one split, a path without files, or no row that is short enough.
         ValueError: a file is damaged.
     """
     separate = {name: getattr(config, f"{name}_data_path") for name in NAMES}
@@ -60,17 +61,31 @@ def build_instruction_splits(config: DataConfig) -> DataSplits:
     splits = {}
     for name, paths in separate.items():
         dataset = _open(f"--{name}_data_path", paths, config) if paths else None
-        splits[name] = DataSplit(dataset, np.arange(len(dataset), dtype=np.int64)) if dataset else None
+        splits[name] = _split(name, dataset, 0, len(dataset), config) if dataset else None
     return DataSplits(**splits, source=f"only {', '.join(given)} given")
 
 
 def _shared(config: DataConfig, paths: Sequence[str]) -> DataSplits:
     dataset = _open("--data_path", paths, config)
     splits = {
-        name: DataSplit(dataset, np.arange(start, stop, dtype=np.int64)) if stop > start else None
+        name: _split(name, dataset, start, stop, config) if stop > start else None
         for name, (start, stop) in zip(NAMES, split_ranges(config.split, len(dataset)), strict=True)
     }
     return DataSplits(**splits, source=f"--split {config.split!r} leaves none of the {len(dataset):,} rows for it")
+
+
+def _split(name: str, dataset: InstructionDataset, start: int, stop: int, config: DataConfig) -> DataSplit:
+    """Rows `start .. stop`, with `--drop_long_samples` without those that would be cut off."""
+    indices = np.arange(start, stop, dtype=np.int64)
+    if config.drop_long_samples:
+        assert config.seq_length
+        indices = indices[dataset.lengths[start:stop] <= config.seq_length + 1]
+        if not len(indices):
+            raise UsageError(
+                f"--drop_long_samples leaves no {name} rows: all {stop - start:,} are longer than --seq_length "
+                f"{config.seq_length}; raise it"
+            )
+    return DataSplit(dataset, indices, dropped=stop - start - len(indices))
 
 
 def _open(flag: str, paths: Sequence[str], config: DataConfig) -> InstructionDataset:

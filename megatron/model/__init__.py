@@ -5,7 +5,8 @@ a `Spread`; the parallel room supplies another one to spread the same code over 
 """
 
 from megatron.model.attention import AttentionKernel, choose_attention_kernel
+from megatron.model.flops import training_flops
 from megatron.model.spread import Spread
 from megatron.model.transformer import Model
 
-__all__ = ["AttentionKernel", "Model", "Spread", "choose_attention_kernel"]
+__all__ = ["AttentionKernel", "Model", "Spread", "choose_attention_kernel", "training_flops"]

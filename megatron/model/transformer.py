@@ -115,11 +115,15 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor, rotary: Rotary, documents
 
 
 class Model(nn.Module):
-    """A decoder-only language model.
+    """A decoder-only language model, or a run of its layers.
+
+    The embedding comes with the first layer, final norm and output layer come with the last; where the output layer is
+    the embedding, a part with the last layer but not the first has an embedding of its own. What a part lacks is None.
 
     Args:
         config: the architecture.
         vocab_size: rows of the embedding, v.
+        layers: which layers this is made of; by default all.
         spread: what the products mean; default: one device.
         kernel: how attention is computed.
         float32_residual: keep the residual stream in fp32 whatever the weights are.
@@ -130,6 +134,7 @@ class Model(nn.Module):
         config: ModelConfig,
         vocab_size: int,
         *,
+        layers: range | None = None,
         spread: Spread | None = None,
         kernel: AttentionKernel = BY_DOCUMENT,
         float32_residual: bool = False,
@@ -140,16 +145,25 @@ class Model(nn.Module):
         self.spread = spread or Spread()
         self.float32_residual = float32_residual
         self.run_layers: RunLayers = run_layers
-        self.embedding = nn.Embedding(vocab_size, config.hidden_size)
-        numbers = range(config.num_layers)
+        numbers = range(config.num_layers) if layers is None else layers
+        is_last, tied = config.num_layers - 1 in numbers, config.tie_embed_logits
+        self.embedding = nn.Embedding(vocab_size, config.hidden_size) if 0 in numbers or (is_last and tied) else None
         self.layers = nn.ModuleDict({str(n): Layer(config, n, self.spread, kernel) for n in numbers})
-        self.final_norm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
-        self.lm_head = None if config.tie_embed_logits else nn.Linear(config.hidden_size, vocab_size, bias=False)
+        self.final_norm = RMSNorm(config.hidden_size, config.layernorm_epsilon) if is_last else None
+        self.lm_head = nn.Linear(config.hidden_size, vocab_size, bias=False) if is_last and not tied else None
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, labels: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        labels: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Logits [t, v] of `tokens` [t], or with `labels` [t] the loss of each token [t] in fp32.
+
+        A part without the last layer returns the hidden state [t, h] instead.
 
         Args:
             tokens: int64 [t], the documents of the micro batch one after the other.
@@ -157,16 +171,24 @@ class Model(nn.Module):
             cu_seqlens: int32 [documents + 1], where each document begins; first 0, last t.
             max_seqlen: length of the longest document.
             labels: int64 [t], the id to predict at each position.
+            hidden: [t, h], what the part before this one returned, for a part without the first layer.
         """
         config = self.config
         assert config.kv_channels
         documents = Documents(cu_seqlens, max_seqlen)
         rotary = rotary_tables(positions, config.kv_channels, config.rope_theta, config.rope_scaling_factor)
+        x = self.run_layers(self.layers.values(), self._embed(tokens) if hidden is None else hidden, rotary, documents)
+        if self.final_norm is None:
+            return x
+        head = self.embedding if self.lm_head is None else self.lm_head
+        assert head is not None
+        (logits,) = self.spread.column(self.final_norm(x), head.weight)
+        return logits if labels is None else self.spread.cross_entropy(logits, labels)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        assert self.embedding is not None
         x = self.spread.embed(tokens, self.embedding.weight)
         if self.float32_residual:
             x = x.float()
-        x = self.spread.dropout(x, config.hidden_dropout if self.training and not config.lima_dropout else 0.0)
-        x = self.run_layers(self.layers.values(), x, rotary, documents)
-        head = self.embedding if self.lm_head is None else self.lm_head
-        (logits,) = self.spread.column(self.final_norm(x), head.weight)
-        return logits if labels is None else self.spread.cross_entropy(logits, labels)
+        drops = self.training and not self.config.lima_dropout
+        return self.spread.dropout(x, self.config.hidden_dropout if drops else 0.0)

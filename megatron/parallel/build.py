@@ -1,10 +1,10 @@
 """From a plain model to this rank's part of it: cut by the plan, sharded over data-parallel ranks, and filled.
 
-Model on the meta device ──cut──▶ this tensor rank's rows or columns ──fully_shard──▶ this data rank's rows of those
-                                                                                 ──fill──▶ values, slice by slice
+Model of this stage's layers, on the meta device ──cut──▶ this tensor rank's rows or columns
+                     ──fully_shard──▶ this data rank's rows of those ──fill──▶ values, slice by slice
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from megatron.config import RunConfig
+from megatron.config import ModelConfig, RunConfig
 from megatron.model import Model, Spread, choose_attention_kernel
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.plan import Split, chunk, key_value_heads, split_of, tensor_ranges
+from megatron.parallel.plan import Split, key_value_heads, split_of, tensor_ranges, virtual_stages
+from megatron.parallel.plan import chunk as chunk_of_rows
 from megatron.parallel.recompute import recomputing
 from megatron.parallel.tensor import TensorSpread
 
@@ -34,6 +35,7 @@ class Part:
         ranges: which part of the whole is stored here.
         split: over tensor-parallel ranks.
         gradient_is_partial: each tensor-parallel rank computes one summand of the gradient.
+        other_stage: of the pipeline, holds a copy of this parameter and computes another summand of its gradient.
         is_primary: of the ranks that hold this same part, this is the one that counts and writes it.
     """
 
@@ -43,6 +45,7 @@ class Part:
     ranges: tuple[slice, ...]
     split: Split
     gradient_is_partial: bool
+    other_stage: int | None
     is_primary: bool
 
     @property
@@ -61,28 +64,35 @@ class ParallelModel:
     """This rank's part of a model, ready to compute.
 
     Attributes:
-        module: the model; calling it computes this rank's share.
+        chunks: the runs of layers of this pipeline stage, in order; one, unless the pipeline is interleaved.
         parts: every parameter stored here.
         compute_dtype: of weights and activations inside the model; what is stored is fp32.
+        hidden_size: of the hidden state between the layers.
+        hidden_dtype: of it.
         kernel: name of the attention kernel.
+        token_ranks: over how many ranks the tokens of the hidden state are divided.
         full_sharding: weights are gathered layer by layer, and freed after use.
     """
 
-    module: nn.Module
+    chunks: nn.ModuleList
     parts: Sequence[Part]
     compute_dtype: torch.dtype
+    hidden_size: int
+    hidden_dtype: torch.dtype
     kernel: str
+    token_ranks: int = 1
     full_sharding: bool = False
-
-    def sharded_modules(self) -> Iterator[FSDPModule]:
-        """The modules that gather their weights and reduce their gradients as one."""
-        return (module for module in self.module.modules() if isinstance(module, FSDPModule))
 
     @torch.no_grad()
     def fill(self, read: Read) -> None:
         """Give every parameter its values; `read` is asked only for what this rank holds."""
         for part in self.parts:
             part.local.copy_(read(part.name, part.shape, part.ranges))
+
+
+def sharded_modules(module: nn.Module) -> Iterator[FSDPModule]:
+    """The modules inside that gather their weights and reduce their gradients as one."""
+    return (part for part in module.modules() if isinstance(part, FSDPModule))
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -92,28 +102,45 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> ParallelModel:
     """This rank's part of the model that `config` describes; its values are not set yet."""
-    model, tensor_size = config.model, mesh.size("tp")
+    assert config.model.num_layers and config.model.hidden_size
     dtype = compute_dtype(config)
     kernel = choose_attention_kernel(mesh.device, dtype, config.kernel.use_flash_attn)
-    with torch.device("meta"):
-        module = Model(
-            model,
-            vocab_size,
-            spread=_spread(config, vocab_size, mesh),
-            kernel=kernel,
-            float32_residual=config.precision.fp32_residual_connection,
-        )
-    assert model.num_layers
-    module.run_layers = recomputing(config.recompute, model.num_layers)
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    chunks, parts = nn.ModuleList(), list[Part]()
+    for layers in virtual_stages(config.parallel, config.model.num_layers)[mesh.rank("pp") :: mesh.size("pp")]:
+        with torch.device("meta"):
+            chunk = Model(
+                config.model,
+                vocab_size,
+                layers=layers,
+                spread=_spread(config, vocab_size, mesh),
+                kernel=kernel,
+                float32_residual=config.precision.fp32_residual_connection,
+            )
+        chunk.run_layers = recomputing(config.recompute, len(layers))
+        shapes = {name: tuple(parameter.shape) for name, parameter in chunk.named_parameters()}
+        _cut(chunk, shapes, config.model, mesh)
+        _shard_over_data(chunk, dtype, mesh, config.parallel.full_sharding)
+        chunk.to_empty(device=mesh.device)
+        chunks.append(chunk)
+        parts += [_part(name, p, shapes[name], config, mesh) for name, p in chunk.named_parameters()]
+    return ParallelModel(
+        chunks,
+        parts,
+        compute_dtype=dtype,
+        hidden_size=config.model.hidden_size,
+        hidden_dtype=torch.float32 if config.precision.fp32_residual_connection else dtype,
+        kernel=kernel.name,
+        token_ranks=mesh.size("tp") if config.parallel.sequence_parallel else 1,
+        full_sharding=config.parallel.full_sharding,
+    )
+
+
+def _cut(module: Model, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, mesh: Mesh) -> None:
+    """Leave only this tensor-parallel rank's rows or columns of each parameter."""
     for name, shape in shapes.items():
-        local = [r.stop - r.start for r in tensor_ranges(name, shape, model, tensor_size, mesh.rank("tp"))]
+        local = [r.stop - r.start for r in tensor_ranges(name, shape, model, mesh.size("tp"), mesh.rank("tp"))]
         owner = module.get_submodule(name.rpartition(".")[0])
         owner.weight = nn.Parameter(torch.empty(local, device="meta"))
-    _shard_over_data(module, dtype, mesh, config.parallel.full_sharding)
-    module.to_empty(device=mesh.device)
-    parts = [_part(name, p, shapes[name], config, mesh) for name, p in module.named_parameters()]
-    return ParallelModel(module, parts, dtype, kernel.name, config.parallel.full_sharding)
 
 
 def _spread(config: RunConfig, vocab_size: int, mesh: Mesh) -> Spread:
@@ -144,8 +171,9 @@ def _part(name: str, parameter: nn.Parameter, shape: tuple[int, ...], config: Ru
     tensor_size, tensor_rank = mesh.size("tp"), mesh.rank("tp")
     split = split_of(name, config.model, tensor_size)
     rows, *rest = tensor_ranges(name, shape, config.model, tensor_size, tensor_rank)
-    start, length = chunk(rows.stop - rows.start, mesh.size("dp"), mesh.rank("dp"))
+    start, length = chunk_of_rows(rows.stop - rows.start, mesh.size("dp"), mesh.rank("dp"))
     start += rows.start
+    other_stage = _other_stage(name, config.model, mesh)
     return Part(
         name=name,
         parameter=parameter,
@@ -155,5 +183,14 @@ def _part(name: str, parameter: nn.Parameter, shape: tuple[int, ...], config: Ru
         gradient_is_partial=tensor_size > 1
         and split.dim is None
         and (config.parallel.sequence_parallel or ".attention." in name),
-        is_primary=split.dim is not None or tensor_rank == 0,
+        other_stage=other_stage,
+        is_primary=(split.dim is not None or tensor_rank == 0) and other_stage in (None, mesh.size("pp") - 1),
     )
+
+
+def _other_stage(name: str, model: ModelConfig, mesh: Mesh) -> int | None:
+    """Where the copy of a tied embedding is: the first stage embeds with it, the last one computes logits."""
+    last = mesh.size("pp") - 1
+    if not (name == "embedding.weight" and model.tie_embed_logits and last):
+        return None
+    return last if mesh.rank("pp") == 0 else 0

@@ -1,6 +1,35 @@
 """Everything that differs between a CPU and a GPU."""
 
+import re
+
 import torch
+
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H800": 989,
+    "H20": 148,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "A40": 150,
+    "A30": 165,
+    "A10G": 70,
+    "A10": 125,
+    "V100": 125,
+    "T4": 65,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "MI300X": 1307,
+    "MI250X": 383,
+}
+"""Words in a GPU's name -> dense bf16 or fp16 teraflops with fp32 accumulation, by the makers' data sheets."""
 
 
 def rank_device(local_rank: int) -> torch.device:
@@ -9,6 +38,14 @@ def rank_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The most teraflops this device can do in `dtype`, where that is known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.data import MicroBatch
-from megatron.parallel.build import ParallelModel, local_tensor
+from megatron.parallel.build import ParallelModel, local_tensor, sharded_modules
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.pipeline import Mail, run_pipeline
+from megatron.parallel.schedule import Action, Pipeline
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class BatchLoss:
         weight: sum of the loss weights.
         useful_tokens: tokens of samples, padding left out.
         tokens: tokens computed, padding included.
+        imbalance: tokens of the data-parallel rank that has most, over their mean, less 1.
     """
 
     mean: float
     weight: float
     useful_tokens: int
     tokens: int
+    imbalance: float
 
 
 class Engine:
@@ -39,7 +43,8 @@ class Engine:
     Args:
         model: this rank's part.
         mesh: the grid of ranks.
-        seed: of dropout; its masks are a pure function of (seed, consumed samples, micro batch, data-parallel rank).
+        seed: of dropout; its masks are a pure function of (seed, consumed samples, micro batch, data-parallel rank,
+            virtual stage).
         per_token: in training, divide by the weights of the global batch; else, as the reference does, take the mean
             of the micro batches' means.
     """
@@ -49,6 +54,9 @@ class Engine:
         self.mesh = mesh
         self.seed = seed
         self.per_token = per_token
+        self.pipeline = Pipeline(mesh.size("pp"), len(model.chunks))
+        self.mail = Mail(mesh.group("pp"))
+        mesh.sum([0.0], "pp")  # NCCL wants all ranks of a group in its first call, and an exchange is of two
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], consumed_samples: int, loss_scale: float = 1.0
@@ -57,72 +65,126 @@ class Engine:
 
         Where no token of the global batch has weight there is nothing to learn: no pass is run, no gradient is left.
         """
-        self.model.module.train()
+        self.model.chunks.train()
         return self._run(micro_batches, consumed_samples, loss_scale)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> BatchLoss:
         """The loss alone, without dropout."""
-        self.model.module.eval()
+        self.model.chunks.eval()
         loss = self._run(micro_batches, 0, None)
-        for module in self.model.sharded_modules():
+        for module in sharded_modules(self.model.chunks):
             module.reshard()
         return loss
 
     def _run(self, micro_batches: Sequence[MicroBatch], consumed_samples: int, loss_scale: float | None) -> BatchLoss:
         counts = [_counts(rows) for rows in micro_batches]
-        weight, useful, tokens, batches = self.mesh.sum(
-            [*map(sum, zip(*counts, strict=True)), len(micro_batches)], "dp"
-        )
-        total = torch.zeros((), device=self.mesh.device)
+        ranks = self.mesh.gather([*map(sum, zip(*counts, strict=True)), len(micro_batches)], "dp")
+        weight, useful, tokens, batches = map(sum, zip(*ranks, strict=True))
+        total = 0.0
         if weight:
-            for number, (rows, (own_weight, *_)) in enumerate(zip(micro_batches, counts, strict=True)):
-                by_token = self.per_token or loss_scale is None
-                divisor = weight if by_token else batches * (own_weight or 1.0)
-                self._prepare(number, len(micro_batches), consumed_samples)
-                loss = self._loss_sum(rows) / divisor
-                total += loss.detach()
-                if loss_scale is not None:
-                    (loss * loss_scale).backward()
+            by_token = self.per_token or loss_scale is None
+            divisors = [weight if by_token else batches * (own or 1.0) for own, *_ in counts]
+            passes = _StagePasses(
+                model=self.model,
+                pipeline=self.pipeline,
+                device=self.mesh.device,
+                micro_batches=micro_batches,
+                divisors=divisors,
+                seeds=(self.seed, consumed_samples, self.mesh.rank("dp")),
+                loss_scale=loss_scale,
+            )
+            run_pipeline(self.pipeline, passes, len(micro_batches), self.mail, with_backward=loss_scale is not None)
+            total = float(passes.loss)
             if loss_scale is not None:
-                self._sum_partial_gradients()
-        (mean,) = self.mesh.sum([float(total)], "dp")
-        return BatchLoss(mean, weight, int(useful), int(tokens))
+                self._complete_gradients()
+        (mean,) = self.mesh.sum(self.mesh.sum([total], "dp"), "pp")
+        imbalance = max(rank[2] for rank in ranks) * len(ranks) / tokens - 1 if tokens else 0.0
+        return BatchLoss(mean, weight, int(useful), int(tokens), imbalance)
 
-    def _loss_sum(self, rows: MicroBatch) -> Tensor:
+    def _complete_gradients(self) -> None:
+        """Add up gradients of which ranks hold summands: one collective for all that tensor-parallel ranks share."""
+        gradients = {
+            part.name: (part, local_tensor(part.parameter.grad))
+            for part in self.model.parts
+            if part.parameter.grad is not None
+        }
+        partial = [gradient for part, gradient in gradients.values() if part.gradient_is_partial]
+        if partial:
+            flat = torch.cat([gradient.flatten() for gradient in partial])
+            dist.all_reduce(flat, group=self.mesh.group("tp"))
+            for gradient, whole in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
+                gradient.copy_(whole.view_as(gradient))
+        for part, gradient in gradients.values():
+            if part.other_stage is not None:
+                gradient += self.mail.swap(gradient, part.other_stage)
+
+
+@dataclass(kw_only=True)
+class _StagePasses:
+    """The passes of one global batch through the chunks of this stage.
+
+    A micro batch's sum of weighted token losses is divided by its divisor; without `loss_scale` there is no backward.
+    """
+
+    model: ParallelModel
+    pipeline: Pipeline
+    device: torch.device
+    micro_batches: Sequence[MicroBatch]
+    divisors: Sequence[float]
+    seeds: tuple[int, ...]
+    loss_scale: float | None
+
+    def __post_init__(self) -> None:
+        self.loss = torch.zeros((), device=self.device)
+        self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+
+    def compute(self, action: Action, received: Tensor | None) -> Tensor | None:
+        """A forward pass gives the hidden state, a backward pass the gradient of what the forward pass received."""
+        return self._forward(action, received) if action.is_forward else self._backward(action, received)
+
+    def room(self, action: Action) -> Tensor:
+        """For a hidden state or its gradient, this rank's tokens of it."""
+        tokens = len(self.micro_batches[action.micro_batch].tokens) // self.model.token_ranks
+        return torch.empty(tokens, self.model.hidden_size, dtype=self.model.hidden_dtype, device=self.device)
+
+    def _forward(self, action: Action, hidden: Tensor | None) -> Tensor | None:
+        torch.manual_seed(hash((*self.seeds, action.micro_batch, action.virtual_stage)) % 2**63)
+        if hidden is not None:
+            hidden.requires_grad_(self.loss_scale is not None)
+        rows = self.micro_batches[action.micro_batch]
         tokens, positions, bounds, labels, weights = (
-            torch.as_tensor(array).to(self.mesh.device, non_blocking=True)
+            torch.as_tensor(array).to(self.device, non_blocking=True)
             for array in (rows.tokens, rows.positions, rows.cu_seqlens, rows.labels, rows.weights)
         )
-        return (self.model.module(tokens, positions, bounds, rows.max_seqlen, labels) * weights).sum()
+        chunk = self.model.chunks[self.pipeline.chunk(action)]
+        result = chunk(tokens, positions, bounds, rows.max_seqlen, labels, hidden)
+        is_last = self.pipeline.consumer(action) is None
+        if is_last:
+            loss = (result * weights).sum() / self.divisors[action.micro_batch]
+            self.loss += loss.detach()
+            result = loss * (self.loss_scale or 1.0)
+        if self.loss_scale is not None:
+            self._kept[action.virtual_stage, action.micro_batch] = hidden, result
+        return None if is_last else result.detach()
 
-    def _prepare(self, number: int, micro_batches: int, consumed_samples: int) -> None:
-        """Seed dropout, and let gradients be reduced and gathered weights be freed only after the last micro batch.
+    def _backward(self, action: Action, gradient: Tensor | None) -> Tensor | None:
+        self._prepare_backward(action)
+        hidden, result = self._kept.pop((action.virtual_stage, action.micro_batch))
+        torch.autograd.backward(result, gradient)
+        return None if hidden is None else hidden.grad
+
+    def _prepare_backward(self, action: Action) -> None:
+        """Let gradients be reduced and gathered weights be freed only after the last micro batch.
 
         Full sharding does both after each one, which is what it saves memory by.
         """
-        numbers = (self.seed, consumed_samples, number, self.mesh.rank("dp"))
-        torch.manual_seed(hash(numbers) % 2**63)
-        last = number == micro_batches - 1
+        last = action.micro_batch == len(self.micro_batches) - 1
         reduces = last or self.model.full_sharding
-        for module in self.model.sharded_modules():
+        for module in sharded_modules(self.model.chunks[self.pipeline.chunk(action)]):
             module.set_requires_gradient_sync(reduces, recurse=False)
             module.set_reshard_after_backward(reduces, recurse=False)
             module.set_is_last_backward(last)
-
-    def _sum_partial_gradients(self) -> None:
-        """Complete gradients of which each tensor-parallel rank has one summand: one collective for all of them."""
-        gradients = [
-            local_tensor(part.parameter.grad)
-            for part in self.model.parts
-            if part.gradient_is_partial and part.parameter.grad is not None
-        ]
-        if not gradients:
-            return
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat, group=self.mesh.group("tp"))
-        for gradient, whole in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(whole.view_as(gradient))
 
 
 def _counts(rows: MicroBatch) -> tuple[float, int, int]:

@@ -1,10 +1,9 @@
 """The grid of ranks: pipeline x data x tensor, tensor-parallel ranks next to each other.
 
-world of 8, --tensor_model_parallel_size 2:          tensor 0   tensor 1
-                                        data 0          0          1
-                                        data 1          2          3
-                                        data 2          4          5
-                                        data 3          6          7
+world of 8, --tensor_model_parallel_size 2           stage 0                 stage 1
+          --pipeline_model_parallel_size 2:     tensor 0   tensor 1     tensor 0   tensor 1
+                                    data 0          0          1            4          5
+                                    data 1          2          3            6          7
 """
 
 import os
@@ -19,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron.config import ModelConfig, ParallelConfig, UsageError
 from megatron.parallel.device import rank_device
-from megatron.parallel.plan import check_layout
+from megatron.parallel.plan import check_layout, virtual_stages
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -41,6 +40,8 @@ def plan_layout(world_size: int, parallel: ParallelConfig, model: ModelConfig) -
     """
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     check_layout(model, tensor, pipeline)
+    assert model.num_layers
+    virtual_stages(parallel, model.num_layers)
     if world_size % (tensor * pipeline):
         raise UsageError(
             f"{world_size} processes cannot be divided by --tensor_model_parallel_size {tensor} x "
@@ -100,11 +101,12 @@ class Mesh:
         """Whether `flag` is set on any rank."""
         return self.sum([float(flag)])[0] > 0
 
-    def gather(self, values: list[float]) -> list[list[float]]:
-        """The values of every rank, in rank order."""
+    def gather(self, values: list[float], dimension: str | None = None) -> list[list[float]]:
+        """The values of every rank of a dimension, or of all ranks, in rank order."""
+        group = self.group(dimension) if dimension else None
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
-        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(ranks, mine)
+        ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(ranks, mine, group=group)
         return [rank.tolist() for rank in ranks]
 
     def barrier(self) -> None:

@@ -11,9 +11,11 @@ Parts are PyTorch's chunks: ceil(size / ranks) rows each, the last ones shorter.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from megatron.config import ModelConfig, UsageError
+from megatron.config import ModelConfig, ParallelConfig, UsageError
 
 
 @dataclass(frozen=True)
@@ -80,19 +82,52 @@ def key_value_heads(model: ModelConfig) -> int:
     return model.num_attention_heads_kv
 
 
-def stage_layers(num_layers: int, stages: int, stage: int) -> range:
-    """The global numbers of the layers that pipeline stage `stage` holds; earlier stages take the remainder."""
+def stage_layers(num_layers: int, stages: int) -> list[range]:
+    """The global numbers of the layers of each pipeline stage, spread evenly.
+
+    A remainder goes to the stages in the middle first: the last one has the output layer besides, and the first one
+    the embedding and the most micro batches in flight.
+    """
     quotient, remainder = divmod(num_layers, stages)
-    start = stage * quotient + min(stage, remainder)
-    return range(start, start + quotient + (stage < remainder))
+    takers = [*range(1, stages - 1), 0, stages - 1][:remainder]
+    return _consecutive([quotient + (stage in takers) for stage in range(stages)])
+
+
+def virtual_stages(parallel: ParallelConfig, num_layers: int) -> list[range]:
+    """The layers of each virtual stage of the pipeline (`megatron.parallel.schedule`), as the flags have it.
+
+    Raises:
+        UsageError: there are fewer layers than virtual stages, or the layers asked for are not those of the model.
+    """
+    stages, sizes = parallel.pipeline_model_parallel_size, parallel.layers_per_pipeline_stage
+    if sizes:
+        if sum(sizes) != num_layers or len(sizes) % stages or (stages == 1 and len(sizes) > 1):
+            raise UsageError(
+                f"--layers_per_pipeline_stage {' '.join(map(str, sizes))} should be {stages} numbers (interleaved, a "
+                f"multiple) for --pipeline_model_parallel_size {stages}, with a sum of {num_layers} layers"
+            )
+        return _consecutive(sizes)
+    most = parallel.num_layers_per_virtual_pipeline_stage
+    chunks = -(-num_layers // (stages * most)) if most and stages > 1 else 1
+    if num_layers < stages * chunks:
+        raise UsageError(
+            f"--num_layers_per_virtual_pipeline_stage {most} cuts {num_layers} layers into {chunks} chunks for each of "
+            f"{stages} pipeline stages, more chunks than layers; give a larger one"
+        )
+    return stage_layers(num_layers, stages * chunks)
 
 
 def stage_of(name: str, num_layers: int, stages: int) -> int:
     """The pipeline stage that holds parameter `name`: the embedding on the first, last norm and head on the last."""
     layer = re.match(r"layers\.(\d+)\.", name)
     if layer:
-        return next(s for s in range(stages) if int(layer[1]) in stage_layers(num_layers, stages, s))
+        return next(s for s, layers in enumerate(stage_layers(num_layers, stages)) if int(layer[1]) in layers)
     return 0 if name.startswith("embedding.") else stages - 1
+
+
+def _consecutive(sizes: Sequence[int]) -> list[range]:
+    stops = list(accumulate(sizes))
+    return [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
 
 
 def check_layout(

@@ -9,16 +9,19 @@ from functools import partial
 import torch
 
 from megatron.checkpoint import Checkpoint, changed_files
-from megatron.config import RunConfig, TrainingConfig, UsageError
+from megatron.config import RunConfig, TrainingConfig
 from megatron.data import DataSplit, DataSplits, InstructionBatches, RowOptions, build_instruction_splits
+from megatron.model import training_flops
 from megatron.optim.groups import build_optimizer
 from megatron.optim.loss_scale import build_loss_scale
 from megatron.optim.schedule import ParameterSchedule
 from megatron.parallel.build import ParallelModel, build_model
-from megatron.parallel.device import synchronize
+from megatron.parallel.device import peak_tflops, synchronize
 from megatron.parallel.engine import Engine
-from megatron.parallel.mesh import Layout, Mesh, open_mesh, plan_layout, world_size_of
+from megatron.parallel.mesh import Mesh, open_mesh, plan_layout, world_size_of
+from megatron.parallel.plan import virtual_stages
 from megatron.tokenizer import Tokenizer, build_tokenizer
+from megatron.training.batch_size import BatchSize, batch_size
 from megatron.training.evaluate import Evaluator
 from megatron.training.log import main_rank_writer
 from megatron.training.persistence import Saver, fill_model, resume
@@ -27,6 +30,9 @@ from megatron.training.stop import StopOnSignal, build_stops
 from megatron.training.timers import Timers
 from megatron.training.trackers import Trackers, build_trackers
 from megatron.training.trainer import Trainer
+
+MICRO_BATCHES_A_STAGE = 4
+"""A packed batch has so many for each pipeline stage if it can: less than a fifth of the time is then idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,7 @@ class Setting:
     mesh: Mesh
     tokenizer: Tokenizer
     splits: DataSplits
-    global_batch_size: int
+    batch_size: BatchSize
     vocab_size: int
     say: Callable[[str], None]
     trackers: Trackers
@@ -61,7 +67,7 @@ def run(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str] =
         UsageError: the options do not fit the number of processes, the data or the checkpoint.
     """
     layout = plan_layout(world_size_of(os.environ), config.parallel, config.model)
-    global_batch_size = _global_batch_size(config, layout)
+    sizes = batch_size(config.training, layout.data)
     tokenizer, splits = build_tokenizer(config.tokenizer), build_instruction_splits(config.data)
     if not config.training.eval_only:
         splits.require("train")
@@ -78,7 +84,7 @@ def run(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str] =
             mesh=mesh,
             tokenizer=tokenizer,
             splits=splits,
-            global_batch_size=global_batch_size,
+            batch_size=sizes,
             vocab_size=max(tokenizer.vocab_size, checkpoint.vocab_size if checkpoint else 0),
             say=say,
             trackers=trackers,
@@ -117,22 +123,10 @@ def _verify(setting: Setting) -> None:
         raise ValueError(f"checkpoint {checkpoint.folder} was changed after it was written: {names}")
 
 
-def _global_batch_size(config: RunConfig, layout: Layout) -> int:
-    """`--global_batch_size`, by default one micro batch a data-parallel rank."""
-    micro = config.training.micro_batch_size
-    assert micro
-    total = config.training.global_batch_size or micro * layout.data
-    if total % (micro * layout.data):
-        raise UsageError(
-            f"--global_batch_size {total} is not a multiple of --micro_batch_size {micro} x {layout.data} "
-            f"data-parallel ranks = {micro * layout.data}"
-        )
-    return total
-
-
 def _batches(setting: Setting, split: DataSplit, *, shuffled: bool) -> InstructionBatches:
     data, training, mesh = setting.config.data, setting.config.training, setting.mesh
-    assert data.seq_length and training.micro_batch_size
+    assert data.seq_length and training.micro_batch_size and data.packing
+    stages = mesh.size("pp")
     return InstructionBatches(
         dataset=split.dataset,
         indices=split.indices,
@@ -143,6 +137,7 @@ def _batches(setting: Setting, split: DataSplit, *, shuffled: bool) -> Instructi
             scalar_loss_mask=data.scalar_loss_mask,
             pad_id=setting.tokenizer.pad_id or 0,
             row_multiple=mesh.size("tp"),
+            least_micro_batches=MICRO_BATCHES_A_STAGE * stages if stages > 1 else 1,
         ),
         packing=data.packing,
         data_parallel_rank=mesh.rank("dp"),
@@ -159,7 +154,7 @@ def _evaluator(setting: Setting, engine: Engine) -> Evaluator:
         engine=engine,
         batches={name: _batches(setting, split, shuffled=False) for name, split in evaluated.items() if split},
         eval_iters=setting.config.training.eval_iters,
-        global_batch_size=setting.global_batch_size,
+        global_batch_size=setting.batch_size.full,
         logging=setting.config.logging,
         trackers=setting.trackers,
         say=setting.say,
@@ -169,17 +164,18 @@ def _evaluator(setting: Setting, engine: Engine) -> Evaluator:
 def _trainer(
     setting: Setting, model: ParallelModel, engine: Engine, evaluator: Evaluator, on_signal: StopOnSignal | None
 ) -> Trainer:
-    config, mesh, say, batch_size = setting.config, setting.mesh, setting.say, setting.global_batch_size
+    config, mesh, say, sizes = setting.config, setting.mesh, setting.say, setting.batch_size
     training = config.training
+    peak = config.logging.peak_tflops or peak_tflops(mesh.device, model.compute_dtype)
     state = TrainingState(
         model,
-        build_optimizer(model.module, config.optimizer),
-        ParameterSchedule(config.optimizer, config.schedule, training, batch_size),
+        build_optimizer(model.chunks, config.optimizer),
+        ParameterSchedule(config.optimizer, config.schedule, training, sizes.full),
         build_loss_scale(config.precision),
     )
     if setting.resumes:
         assert setting.checkpoint
-        resume(state, setting.checkpoint, config, say)
+        resume(state, setting.checkpoint, config, setting.vocab_size, say)
         say(f"going on from iteration {state.progress.iteration}, {state.progress.consumed_samples} consumed samples")
     return Trainer(
         config=config,
@@ -188,8 +184,10 @@ def _trainer(
         engine=engine,
         batches=_batches(setting, setting.splits.require("train"), shuffled=True),
         evaluator=evaluator,
-        global_batch_size=batch_size,
-        train_iters=_train_iters(training, state.progress, batch_size),
+        batch_size=sizes,
+        train_iters=_train_iters(training, state.progress, sizes),
+        flops=partial(training_flops, config.model, setting.vocab_size),
+        peak_flops=peak * 1e12 if peak else None,
         stops=build_stops(training, on_signal),
         save=Saver(config, mesh, setting.tokenizer, setting.vocab_size, say),
         say=say,
@@ -198,18 +196,19 @@ def _trainer(
     )
 
 
-def _train_iters(training: TrainingConfig, progress: Progress, global_batch_size: int) -> int:
+def _train_iters(training: TrainingConfig, progress: Progress, sizes: BatchSize) -> int:
     """The last iteration; samples that are still to be consumed are counted in batches of today's size."""
     if training.train_iters:
         return training.train_iters
     assert training.train_samples
-    return progress.iteration + max(training.train_samples - progress.consumed_samples, 0) // global_batch_size
+    return progress.iteration + sizes.iterations(progress.consumed_samples, training.train_samples)
 
 
 def _description(setting: Setting, model: ParallelModel) -> str:
     """What will run, in a few lines."""
     mesh, splits = setting.mesh, setting.splits
-    parameters = sum(torch.Size(part.shape).numel() for part in model.parts)
+    own = sum(torch.Size(part.shape).numel() for part in model.parts if part.other_stage != 0)
+    parameters = int(mesh.sum([float(own)], "pp")[0])
     counts = {"train": splits.train, "validation": splits.valid, "test": splits.test}
     rows = ", ".join(f"{len(split.indices) if split else 0:,} {name}" for name, split in counts.items())
     return "\n".join(
@@ -217,16 +216,28 @@ def _description(setting: Setting, model: ParallelModel) -> str:
             f"{setting.config.model.model_name}: {parameters:,} parameters, vocabulary {setting.vocab_size:,}, "
             f"{str(model.compute_dtype).removeprefix('torch.')}, {model.kernel}",
             f"{mesh.ranks.size()} ranks on {mesh.device.type}: {mesh.size('tp')} tensor x {mesh.size('pp')} pipeline x "
-            f"{mesh.size('dp')} data; global batch {setting.global_batch_size} samples",
+            f"{mesh.size('dp')} data; global batch {setting.batch_size.full} samples",
+            *_stages(setting),
             f"rows: {rows}",
-            *_truncation(setting),
+            *_long_samples(setting),
         ]
     )
 
 
-def _truncation(setting: Setting) -> list[str]:
+def _stages(setting: Setting) -> list[str]:
+    """Which layers each stage of a pipeline has."""
+    stages, layers = setting.mesh.size("pp"), setting.config.model.num_layers
+    assert layers
+    chunks = virtual_stages(setting.config.parallel, layers)
+    held = [" and ".join(f"{c.start}-{c.stop - 1}" for c in chunks[stage::stages]) for stage in range(stages)]
+    return [f"pipeline: layers {', '.join(held)}"] if stages > 1 else []
+
+
+def _long_samples(setting: Setting) -> list[str]:
     """How many training rows are too long, where there are any."""
     train, length = setting.splits.train, setting.config.data.seq_length
     assert length
+    if train and train.dropped:
+        return [f"{train.dropped:,} training rows are longer than --seq_length {length} and are left out"]
     longer = int((train.dataset.lengths[train.indices] > length + 1).sum()) if train else 0
     return [f"{longer:,} training rows are longer than --seq_length {length} and are cut off there"] if longer else []

@@ -48,22 +48,55 @@ class Status:
 class Interval:
     """What happened since the last log line.
 
-    `losses` are means over the iterations that changed the weights, empty if none did. `tokens_per_second` counts the
-    tokens of samples, not padding.
+    Attributes:
+        losses: means over the iterations that changed the weights, empty if none did.
+        tokens_per_second: of samples, padding left out.
+        tokens_per_second_per_device: the same.
+        padded_share: share of the computed tokens that are padding.
+        imbalance: mean of what the data-parallel rank with most tokens had more than the mean, as a share of that.
+        model_flops_utilization: share of the devices' peak, where that is known.
     """
 
     losses: Mapping[str, float]
     seconds_per_iteration: float
     tokens_per_second: float
+    tokens_per_second_per_device: float
+    padded_share: float
+    imbalance: float
+    model_flops_utilization: float | None
     skipped_iterations: int
     nan_iterations: int
     masked_iterations: int
 
 
-class IntervalMeter:
-    """Adds up iterations until a line is due."""
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What an iteration computed, over all ranks.
 
-    def __init__(self) -> None:
+    Attributes:
+        tokens: padding included.
+        useful_tokens: of samples.
+        imbalance: of data-parallel ranks, see `Interval`.
+        flops: floating-point operations that the useful tokens need.
+    """
+
+    tokens: int = 0
+    useful_tokens: int = 0
+    imbalance: float = 0.0
+    flops: float = 0.0
+
+
+class IntervalMeter:
+    """Adds up iterations until a line is due.
+
+    Args:
+        devices: that the run is spread over.
+        peak_flops: operations a second that a device could do, where known.
+    """
+
+    def __init__(self, devices: int = 1, peak_flops: float | None = None) -> None:
+        self._devices = devices
+        self._peak_flops = peak_flops
         self._reset()
 
     def _reset(self) -> None:
@@ -72,18 +105,24 @@ class IntervalMeter:
         self._skipped = 0
         self._nan = 0
         self._masked = 0
-        self._tokens = 0
+        self._works: list[Work] = []
         self._seconds = 0.0
 
     def add(
-        self, losses: Mapping[str, float], *, tokens: int, seconds: float, skipped: bool = False, masked: bool = False
+        self,
+        losses: Mapping[str, float],
+        *,
+        work: Work | None,
+        seconds: float,
+        skipped: bool = False,
+        masked: bool = False,
     ) -> None:
         """Count one iteration.
 
-        `losses` by name ("lm loss"); `tokens` of samples, over all ranks; `skipped`: the weights were not changed;
-        `masked`: because no token of the batch was supervised.
+        `losses` by name ("lm loss"); no `work`: no pass was run; `skipped`: the weights were not changed; `masked`:
+        because no token of the batch was supervised.
         """
-        self._tokens += tokens
+        self._works += [work] if work else []
         self._seconds += seconds
         self._nan += any(not math.isfinite(loss) for loss in losses.values())
         self._masked += masked
@@ -97,16 +136,25 @@ class IntervalMeter:
     def close(self) -> Interval:
         """The interval so far; counting starts anew."""
         iterations = max(self._advanced + self._skipped, 1)
+        useful, computed = (sum(getattr(work, name) for work in self._works) for name in ("useful_tokens", "tokens"))
+        rate, flops = self._rate(useful), self._rate(sum(work.flops for work in self._works))
         interval = Interval(
             losses={name: total / self._advanced for name, total in self._losses.items()},
             seconds_per_iteration=self._seconds / iterations,
-            tokens_per_second=self._tokens / self._seconds if self._seconds else 0.0,
+            tokens_per_second=rate,
+            tokens_per_second_per_device=rate / self._devices,
+            padded_share=1 - useful / computed if computed else 0.0,
+            imbalance=sum(work.imbalance for work in self._works) / max(len(self._works), 1),
+            model_flops_utilization=flops / (self._peak_flops * self._devices) if self._peak_flops else None,
             skipped_iterations=self._skipped,
             nan_iterations=self._nan,
             masked_iterations=self._masked,
         )
         self._reset()
         return interval
+
+    def _rate(self, amount: float) -> float:
+        return amount / self._seconds if self._seconds else 0.0
 
 
 def training_line(status: Status, interval: Interval) -> str:
@@ -133,6 +181,13 @@ def training_line(status: Status, interval: Interval) -> str:
     ]
     if interval.masked_iterations:
         parts.append(f"number of all-masked iterations: {interval.masked_iterations:3d}")
+    parts += [
+        f"useful tokens/sec/device: {interval.tokens_per_second_per_device:.2f}",
+        f"padded share: {interval.padded_share:.2%}",
+        f"imbalance: {interval.imbalance:.2%}",
+    ]
+    if interval.model_flops_utilization is not None:
+        parts.append(f"MFU: {interval.model_flops_utilization:.2%}")
     return "".join(f" {part} |" for part in parts)
 
 

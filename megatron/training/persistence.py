@@ -84,8 +84,10 @@ def fill_model(
     model.fill(reader(with_vocabulary(checkpoint.weights, vocab_size)))
 
 
-def resume(state: TrainingState, checkpoint: Checkpoint, config: RunConfig, say: Say) -> None:
+def resume(state: TrainingState, checkpoint: Checkpoint, config: RunConfig, vocab_size: int, say: Say) -> None:
     """Go on from a training checkpoint: progress, schedule, and with `load_optim` the optimizer and loss scale.
+
+    The model's vocabulary has `vocab_size` rows.
 
     Raises:
         UsageError: the schedule or the optimizer contradicts the checkpoint's.
@@ -101,7 +103,6 @@ def resume(state: TrainingState, checkpoint: Checkpoint, config: RunConfig, say:
     if checkpoint.optimizer is None:
         say(f"{checkpoint.folder} has no optimizer state: the optimizer starts anew")
         return
-    vocab_size = next(part.shape[0] for part in state.model.parts if part.name == "embedding.weight")
     grown = ResizedVocabulary(checkpoint.optimizer, vocab_size, as_mean=False)
     keys = STATES[config.optimizer.optimizer]
     if keys != {name.partition(".")[0] for name in grown.names()}:

@@ -130,8 +130,17 @@ def track_iteration(
 
 
 def track_interval(tracker: Tracker, logging: LoggingConfig, status: Status, interval: Interval) -> None:
-    """Draw the speed at a log line."""
-    tracker.scalar("tokens-per-sec", interval.tokens_per_second, status.iteration, status.consumed_samples)
+    """Draw speed and waste at a log line."""
+    curves = {
+        "tokens-per-sec": interval.tokens_per_second,
+        "tokens-per-sec-per-device": interval.tokens_per_second_per_device,
+        "padded-share": interval.padded_share,
+        "imbalance": interval.imbalance,
+        "mfu": interval.model_flops_utilization,
+    }
+    for tag, value in curves.items():
+        if value is not None:
+            tracker.scalar(tag, value, status.iteration, status.consumed_samples)
     if logging.log_timers_to_tensorboard:
         tracker.scalar("iteration-time", interval.seconds_per_iteration, status.iteration, status.consumed_samples)
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from megatron.config import RunConfig
-from megatron.data import InstructionBatches
+from megatron.data import Array, InstructionBatches
 from megatron.optim.gradients import clip, gradient_norm, parameter_norm, unscale, zero_count
 from megatron.optim.groups import set_hyperparameters
 from megatron.parallel.device import memory_statistics, synchronize
 from megatron.parallel.engine import BatchLoss, Engine
 from megatron.parallel.mesh import Mesh
+from megatron.training.batch_size import BatchSize
 from megatron.training.evaluate import Evaluator
-from megatron.training.log import IntervalMeter, Status, training_line
+from megatron.training.log import IntervalMeter, Status, Work, training_line
 from megatron.training.state import TrainingState
 from megatron.training.stop import Stop, agreed_reason
 from megatron.training.timers import Timers
@@ -27,18 +28,22 @@ class StepReport:
     """What one iteration did.
 
     Attributes:
+        batch_size: samples.
         learning_rate: as scheduled after the step.
         loss_scale: that of the step.
         loss: of the global batch; None where no pass was run.
+        work: what was computed; None where no pass was run.
         grad_norm: before clipping; None where there was no gradient.
         num_zeros: zeros in the gradient, where asked for.
         skipped: the weights were left alone.
         masked: because no token of the batch had weight.
     """
 
+    batch_size: int
     learning_rate: float
     loss_scale: float
     loss: BatchLoss | None = None
+    work: Work | None = None
     grad_norm: float | None = None
     num_zeros: float | None = None
     skipped: bool = False
@@ -47,7 +52,11 @@ class StepReport:
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Turns the wheel. `megatron.training.launch` builds it."""
+    """Turns the wheel. `megatron.training.launch` builds it.
+
+    `flops` tells the floating-point operations that documents of so many tokens need, `peak_flops` how many a second a
+    device could do, where that is known.
+    """
 
     config: RunConfig
     mesh: Mesh
@@ -55,8 +64,10 @@ class Trainer:
     engine: Engine
     batches: InstructionBatches
     evaluator: Evaluator
-    global_batch_size: int
+    batch_size: BatchSize
     train_iters: int
+    flops: Callable[[Array], float]
+    peak_flops: float | None
     stops: Sequence[Stop]
     save: Callable[[TrainingState], None]
     say: Callable[[str], None]
@@ -65,7 +76,8 @@ class Trainer:
 
     def train(self) -> str | None:
         """Train to the last iteration, or until there is a reason to stop, which is returned; save at the end."""
-        meter, progress, options = IntervalMeter(), self.state.progress, self.config.training
+        meter = IntervalMeter(self.mesh.ranks.size(), self.peak_flops)
+        progress, options = self.state.progress, self.config.training
         reason: str | None = None
         while progress.iteration < self.train_iters and reason is None:
             start = time.perf_counter()
@@ -87,21 +99,28 @@ class Trainer:
         """One iteration: a global batch, its gradients, and, if they are sound, new weights."""
         progress, scale = self.state.progress, self.state.loss_scale.scale
         consumed = progress.consumed_samples
+        size = self.batch_size.at(consumed)
         with self.timers("batch-generator", level=1):
-            batch = self.batches.batch(consumed, self.global_batch_size)
+            batch = self.batches.batch(consumed, size)
         progress.iteration += 1
-        progress.consumed_samples += self.global_batch_size
+        progress.consumed_samples += size
         learning_rate = self.state.schedule.learning_rate(progress.consumed_samples)
         if progress.iteration in self.config.training.skip_iters:
-            return StepReport(learning_rate, scale, skipped=True)
+            return StepReport(size, learning_rate, scale, skipped=True)
         self.state.optimizer.zero_grad()
         with self.timers("forward-backward", level=1):
             loss = self.engine.forward_backward(batch.micro_batches, consumed, scale)
         if not loss.weight:
-            return StepReport(learning_rate, scale, loss, skipped=True, masked=True)
+            return StepReport(size, learning_rate, scale, loss, skipped=True, masked=True)
         with self.timers("optimizer", level=1):
             norm, zeros = self._update(consumed, scale)
-        return StepReport(learning_rate, scale, loss, norm, zeros, skipped=not math.isfinite(norm))
+        work = Work(
+            tokens=loss.tokens,
+            useful_tokens=loss.useful_tokens,
+            imbalance=loss.imbalance,
+            flops=self.flops(batch.input_tokens),
+        )
+        return StepReport(size, learning_rate, scale, loss, work, norm, zeros, skipped=not math.isfinite(norm))
 
     def _update(self, consumed: int, scale: float) -> tuple[float, float | None]:
         """Change the weights, unless the gradient is not finite: (gradient norm, zeros in the gradient)."""
@@ -120,14 +139,13 @@ class Trainer:
     def _log(self, report: StepReport, meter: IntervalMeter, seconds: float) -> None:
         logging, progress = self.config.logging, self.state.progress
         losses = {"lm loss": report.loss.mean} if report.loss and not report.masked else {}
-        tokens = report.loss.useful_tokens if report.loss else 0
-        meter.add(losses, tokens=tokens, seconds=seconds, skipped=report.skipped, masked=report.masked)
+        meter.add(losses, work=report.work, seconds=seconds, skipped=report.skipped, masked=report.masked)
         status = Status(
             iteration=progress.iteration,
             train_iters=self.train_iters,
             consumed_samples=progress.consumed_samples,
             learning_rate=report.learning_rate,
-            global_batch_size=self.global_batch_size,
+            global_batch_size=report.batch_size,
             loss_scale=report.loss_scale,
             grad_norm=report.grad_norm,
             num_zeros=report.num_zeros,

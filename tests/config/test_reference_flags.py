@@ -12,7 +12,10 @@ from megatron.config.run import RUN_GROUPS
 
 OTHER_DEFAULTS = {"--wandb_entity": "the reference's is its authors' own team"}
 """Flag -> why its default is not the reference's."""
-OURS = {"--packing", "--no_calculate_per_token_loss", "--full_sharding"}
+OURS = {
+    *("--packing", "--drop_long_samples", "--no_calculate_per_token_loss", "--full_sharding"),
+    *("--layers_per_pipeline_stage", "--peak_tflops"),
+}
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "enum": str}
 
 

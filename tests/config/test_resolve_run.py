@@ -58,7 +58,7 @@ def test_the_checkpoint_gives_the_architecture() -> None:
     assert model == {name: STORED[name] for name in model}
     assert config.data.seq_length == 256
     assert config.parallel.tensor_model_parallel_size == 2
-    assert config.parallel.pipeline_model_parallel_size == 1
+    assert config.parallel.pipeline_model_parallel_size == 4
 
 
 def test_a_typed_flag_wins_where_weights_allow_it() -> None:
@@ -93,7 +93,12 @@ def test_a_lost_rotary_setting_is_found() -> None:
         ({"recompute_activations": True, "recompute_granularity": "full"}, "--recompute_activations"),
         ({"recompute_method": "block"}, "--recompute_method needs --recompute_granularity full"),
         ({"save_interval": 3}, "--save_interval needs --save"),
-        ({"global_batch_size": 3, "micro_batch_size": 2}, "--global_batch_size 3 is not a multiple"),
+        ({"rampup_batch_size": (8, 8)}, "--rampup_batch_size takes three numbers"),
+        ({"rampup_batch_size": (8, 8, 100)}, "--rampup_batch_size needs --train_samples"),
+        (
+            {"packing": "padding_free", "calculate_per_token_loss": False},
+            "--no_calculate_per_token_loss takes a mean over rows of one sample each",
+        ),
         ({"train_samples": 3}, "--train_iters and --train_samples exclude"),
         ({"lr_decay_samples": 3}, "--lr_decay_samples does not go with --train_iters"),
         ({"lr_warmup_fraction": 0.1, "lr_warmup_iters": 3}, "--lr_warmup_fraction excludes"),
@@ -116,7 +121,10 @@ def test_a_lost_rotary_setting_is_found() -> None:
         ({"train_iters": None}, "give --train_iters or --train_samples"),
         ({"micro_batch_size": None}, "--micro_batch_size is missing"),
         ({"use_checkpoint_args": True}, "--use_checkpoint_args needs --load"),
-        ({"pipeline_model_parallel_size": 2}, "--pipeline_model_parallel_size above 1 is not available yet"),
+        (
+            {"layers_per_pipeline_stage": (2, 2), "num_layers_per_virtual_pipeline_stage": 1},
+            "--layers_per_pipeline_stage and --num_layers_per_virtual_pipeline_stage exclude each other",
+        ),
         ({"data_type": "gpt"}, "pass --data_type instruction"),
         (
             {"model_name": "falcon"},

@@ -13,7 +13,7 @@ from megatron.config import UsageError
 from megatron.data import MicroBatch
 from megatron.model.initialization import initial_weight
 from megatron.optim.gradients import gradient_norm
-from megatron.parallel.build import ParallelModel, build_model
+from megatron.parallel.build import ParallelModel, build_model, sharded_modules
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Mesh, open_mesh, plan_layout, world_size_of
 
@@ -53,12 +53,13 @@ def gathered_between_micro_batches(full_sharding: bool) -> list[int]:
     config, counts = tiny_config(**flags), []
     with open_mesh(plan_layout(dist.get_world_size(), config.parallel, config.model), "gloo") as mesh:
         model = build(flags, mesh)
-        layers = [module for module in model.sharded_modules() if module is not model.module]
+        (chunk,) = model.chunks
+        layers = [module for module in sharded_modules(chunk) if module is not chunk]
 
         def count(module: nn.Module, args: Any) -> None:
             counts.append(sum(not layer._get_fsdp_state()._fsdp_param_group.is_sharded for layer in layers))
 
-        model.module.register_forward_pre_hook(count)
+        chunk.register_forward_pre_hook(count)
         Engine(model, mesh, seed=1).forward_backward([rows(1.0)] * 3, 0)
     return counts
 

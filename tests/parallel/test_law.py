@@ -26,6 +26,10 @@ SP = {"sequence_parallel": True}
 SELECTIVE = {"recompute_granularity": "selective"}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
 TIED = {"tie_embed_logits": True}
+UNPACKED = {"packing": "none"}
+PP2 = {"pipeline_model_parallel_size": 2, "num_layers": 4}
+PP4 = {"pipeline_model_parallel_size": 4, "num_layers": 5}
+INTERLEAVED = {**PP2, "num_layers_per_virtual_pipeline_stage": 1}
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
@@ -37,6 +41,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {**FULL, "recompute_num_layers": 2}),
     (1, TIED),
     (1, {"fp32_residual_connection": True, "variable_seq_lengths": False}),
+    (1, UNPACKED),
     (2, {}),
     (2, {"full_sharding": True}),
     (2, {"full_sharding": True, **FULL}),
@@ -44,6 +49,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {**TP2, **SP}),
     (2, {**TP2, **SP, "micro_batch_size": 1}),
     (2, {**TP2, **SP, **SELECTIVE}),
+    (2, {**TP2, **SP, **UNPACKED, "micro_batch_size": 4}),
     (2, {**TP2, **FULL}),
     (2, {**TP2, **SP, **TIED}),
     (4, TP4),
@@ -52,6 +58,21 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {**TP2, **SP}),
     (4, {**TP2, **SP, **SELECTIVE, "full_sharding": True}),
     (4, {**TP2, **SP, **FULL, **TIED}),
+    (4, {**UNPACKED, "global_batch_size": 7}),
+    (2, PP2),
+    (2, {**PP2, **UNPACKED, "micro_batch_size": 1}),
+    (2, {**PP2, "micro_batch_size": 4, **TIED}),
+    (2, INTERLEAVED),
+    (2, {**INTERLEAVED, "micro_batch_size": 1, **FULL}),
+    (2, {**PP2, **SELECTIVE, "layers_per_pipeline_stage": (1, 3)}),
+    (2, {**PP2, "layers_per_pipeline_stage": (1, 2, 1, 1), "num_layers": 5}),
+    (4, PP4),
+    (4, {**PP4, "micro_batch_size": 1, **TIED}),
+    (4, {**PP2, **TP2, **SP, **TIED}),
+    (4, {**INTERLEAVED, **TIED}),
+    (4, {**PP2, "full_sharding": True}),
+    (8, {**INTERLEAVED, **TP2, **SP}),
+    (8, {**PP4, **TP2}),
 ]
 
 
@@ -63,7 +84,7 @@ def train_on_mesh(flags: dict[str, Any], steps: int) -> list[dict[str, Any]]:
         seed = config.training.seed
         model.fill(lambda name, shape, ranges: initial_weight(name, shape, config.model, seed)[ranges])
         batches = random_batches(config, mesh)
-        engine, optimizer = Engine(model, mesh, seed=seed), build_optimizer(model.module, config.optimizer)
+        engine, optimizer = Engine(model, mesh, seed=seed), build_optimizer(model.chunks, config.optimizer)
         set_hyperparameters(optimizer, config.schedule.lr, config.optimizer.weight_decay)
         size, reports = config.training.global_batch_size, []
         for step in range(steps):
@@ -95,7 +116,9 @@ def random_batches(config: RunConfig, mesh: Mesh) -> InstructionBatches:
             variable_seq_lengths=config.data.variable_seq_lengths,
             scalar_loss_mask=config.data.scalar_loss_mask,
             row_multiple=mesh.size("tp"),
+            least_micro_batches=mesh.size("pp"),
         ),
+        packing=config.data.packing,
         data_parallel_rank=mesh.rank("dp"),
         data_parallel_size=mesh.size("dp"),
         seed=config.training.seed,

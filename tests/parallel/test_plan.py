@@ -1,6 +1,7 @@
 """The plan: every parameter has one split, parts cover the whole once, and layouts that do not divide are refused."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from plain import tiny_config
 from megatron.config import ModelConfig, ParallelConfig, UsageError
 from megatron.model import Model
 from megatron.parallel.mesh import plan_layout
-from megatron.parallel.plan import chunk, split_of, stage_layers, stage_of, tensor_ranges
+from megatron.parallel.plan import chunk, split_of, stage_layers, stage_of, tensor_ranges, virtual_stages
 
 LLAMA_70B = ModelConfig(
     model_name="llama2",
@@ -46,10 +47,12 @@ def test_chunks_are_those_of_torch(size: int, parts: int) -> None:
 
 
 def test_stages_take_all_layers_in_order() -> None:
-    for layers, stages in [(8, 4), (7, 3), (5, 5)]:
-        parts = [list(stage_layers(layers, stages, stage)) for stage in range(stages)]
+    for layers, stages in [(8, 4), (7, 3), (5, 5), (3, 1), (11, 4)]:
+        parts = stage_layers(layers, stages)
         assert [layer for part in parts for layer in part] == list(range(layers))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert [len(part) for part in stage_layers(11, 4)] == [3, 3, 3, 2]
+    assert [len(part) for part in stage_layers(10, 4)] == [2, 3, 3, 2]
     assert stage_of("embedding.weight", 7, 3) == 0
     assert stage_of("layers.6.mlp.up.weight", 7, 3) == 2
     assert stage_of("lm_head.weight", 7, 3) == stage_of("final_norm.weight", 7, 3) == 2
@@ -81,7 +84,39 @@ def test_sizes_that_do_not_divide_name_the_flag_and_what_would(
         plan_layout(world_size, config.parallel, config.model)
 
 
-def test_more_stages_than_layers() -> None:
-    parallel = ParallelConfig(pipeline_model_parallel_size=3)
-    with pytest.raises(UsageError, match="--pipeline_model_parallel_size 3 is more than the 2 layers"):
-        plan_layout(3, parallel, tiny_config().model)
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ({}, [4, 4]),
+        ({"num_layers_per_virtual_pipeline_stage": 2}, [2, 2, 2, 2]),
+        ({"num_layers_per_virtual_pipeline_stage": 3}, [2, 2, 2, 2]),
+        ({"num_layers_per_virtual_pipeline_stage": 4}, [4, 4]),
+        ({"num_layers_per_virtual_pipeline_stage": 1, "pipeline_model_parallel_size": 1}, [8]),
+        ({"layers_per_pipeline_stage": (5, 3)}, [5, 3]),
+        ({"layers_per_pipeline_stage": (1, 2, 3, 2)}, [1, 2, 3, 2]),
+    ],
+)
+def test_layers_of_virtual_stages(flags: dict[str, Any], sizes: list[int]) -> None:
+    parallel = ParallelConfig(**({"pipeline_model_parallel_size": 2} | flags))
+    assert [len(layers) for layers in virtual_stages(parallel, 8)] == sizes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"pipeline_model_parallel_size": 3}, "--pipeline_model_parallel_size 3 is more than the 2 layers"),
+        (
+            {"num_layers": 5, "pipeline_model_parallel_size": 3, "num_layers_per_virtual_pipeline_stage": 1},
+            "cuts 5 layers into 2 chunks for each of 3 pipeline stages",
+        ),
+        (
+            {"num_layers": 6, "pipeline_model_parallel_size": 3, "layers_per_pipeline_stage": (2, 2, 1)},
+            "--layers_per_pipeline_stage 2 2 1 should be 3 numbers .* with a sum of 6 layers",
+        ),
+        ({"layers_per_pipeline_stage": (1, 1)}, "--layers_per_pipeline_stage 1 1 should be 1 numbers"),
+    ],
+)
+def test_stages_that_do_not_fit_the_layers(flags: dict[str, Any], message: str) -> None:
+    config = tiny_config(**flags)
+    with pytest.raises(UsageError, match=message):
+        plan_layout(3, config.parallel, config.model)

@@ -10,6 +10,7 @@ from worlds import World
 
 from megatron.data.indexed import IndexedDataset, IndexedWriter
 
+STAGES = "--pipeline_model_parallel_size 2 --hidden_dropout 0.1"
 SPREAD = "--tensor_model_parallel_size 2 --sequence_parallel --hidden_dropout 0.1 --attention_dropout 0.1"
 
 
@@ -51,7 +52,7 @@ def test_learns(world: World, course: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "layout"), [(1, "--hidden_dropout 0.1"), (2, SPREAD), (2, "--full_sharding"), (4, SPREAD)]
+    ("size", "layout"), [(1, "--hidden_dropout 0.1"), (2, SPREAD), (2, "--full_sharding"), (4, SPREAD), (4, STAGES)]
 )
 def test_stopped_and_resumed_equals_straight(world: World, course: str, tmp_path: Path, size: int, layout: str) -> None:
     straight, halves = tmp_path / "straight", tmp_path / "halves"
@@ -91,7 +92,8 @@ def test_a_changed_schedule_is_found(world: World, course: str, tmp_path: Path) 
 
 def test_evaluates_without_training(world: World, course: str, tmp_path: Path) -> None:
     trained = run(world, 1, course, f"--train_iters 2 --save {tmp_path}")
-    for size, layout in [(1, ""), (2, ""), (2, "--tensor_model_parallel_size 2 --sequence_parallel")]:
+    layouts = ["--tensor_model_parallel_size 2 --sequence_parallel", "--pipeline_model_parallel_size 2"]
+    for size, layout in [(1, ""), (2, ""), *((2, layout) for layout in layouts), (4, " ".join(layouts))]:
         output = run(world, size, course, layout, f"--load {tmp_path} --eval_only")
         assert losses(output) == []
         found = [float(line.split("value: ")[1].split()[0]) for line in output.splitlines() if "loss value" in line]
@@ -108,7 +110,9 @@ def test_an_evaluation_in_between_changes_nothing(world: World, course: str, lay
     assert losses(often) == losses(never)
 
 
-@pytest.mark.parametrize(("size", "layout"), [(1, "--hidden_dropout 0.1 --attention_dropout 0.1"), (2, SPREAD)])
+@pytest.mark.parametrize(
+    ("size", "layout"), [(1, "--hidden_dropout 0.1 --attention_dropout 0.1"), (2, SPREAD), (2, STAGES)]
+)
 def test_recomputation_draws_the_same_masks(world: World, course: str, size: int, layout: str) -> None:
     modes = ["", "--recompute_granularity selective", "--recompute_granularity full --recompute_method uniform"]
     expected, *found = (losses(run(world, size, course, layout, mode, "--train_iters 4")) for mode in modes)
@@ -120,7 +124,7 @@ def test_what_is_asked_to_be_logged_is(world: World, course: str, tmp_path: Path
     flags = "--optimizer sgd --log_params_norm --log_num_zeros_in_grad --timing_log_level 2 --timing_log_option max"
     outputs = [
         run(world, size, course, flags, layout, f"--train_iters 3 --tensorboard_dir {tmp_path / str(size)}")
-        for size, layout in [(1, ""), (4, "--tensor_model_parallel_size 2 --sequence_parallel")]
+        for size, layout in [(1, ""), (4, "--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2")]
     ]
     fields = [re.findall(r"\| (lm loss|grad norm|num zeros|params norm): ([^ ]+) ", output) for output in outputs]
     assert len(fields[0]) == 12

@@ -4,7 +4,7 @@ import types
 import pytest
 
 from megatron.config import LoggingConfig
-from megatron.training.log import IntervalMeter, Status
+from megatron.training.log import IntervalMeter, Status, Work
 from megatron.training.trackers import (
     build_trackers,
     track_evaluation,
@@ -93,7 +93,7 @@ def test_points_come_every_interval():
 
 def test_speed_timers_and_memory():
     meter = IntervalMeter()
-    meter.add({}, tokens=100, seconds=2.0)
+    meter.add({}, work=Work(tokens=100, useful_tokens=75, imbalance=0.5), seconds=2.0)
     interval = meter.close()
     logging = LoggingConfig(log_timers_to_tensorboard=True, log_memory_to_tensorboard=True)
     recorder = Recorder()
@@ -101,7 +101,10 @@ def test_speed_timers_and_memory():
     track_timers(recorder, logging, status(), {". forward": [1000.0, 2000.0]})
     track_memory(recorder, logging, status(), {"reserved_bytes.all.current": 7})
     assert {tag: point[0] for tag, point in recorder.points.items()} == {
-        "tokens-per-sec": 50.0,
+        "tokens-per-sec": 37.5,
+        "tokens-per-sec-per-device": 37.5,
+        "padded-share": 0.25,
+        "imbalance": 0.5,
         "iteration-time": 2.0,
         "forward-time": 2.0,
         "mem-reserved-bytes": 7,
