@@ -41,7 +41,7 @@ def test_a_batch_need_not_divide_unless_means_are_taken() -> None:
     training = TrainingConfig(micro_batch_size=2, global_batch_size=7)
     assert batch_size(training, data_parallel_size=2).full == 7
     averaged = TrainingConfig(micro_batch_size=2, global_batch_size=7, calculate_per_token_loss=False)
-    with pytest.raises(UsageError, match="--global_batch_size 7 .* multiple of --micro_batch_size 2 x 2"):
+    with pytest.raises(UsageError, match=r"--global_batch_size 7 .* multiple of --micro_batch_size 2 x 2"):
         batch_size(averaged, data_parallel_size=2)
 
 

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_runs import course, run  # noqa: F401: a fixture
-from tiny_runs import losses, same, tensors
+from tiny_runs import losses, run, same, tensors
 from worlds import World
 
 TP2 = "--tensor_model_parallel_size 2"
@@ -24,7 +23,7 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(world: World, course: str) -> list[float]:  # noqa: F811
+def uninterrupted(world: World, course: str) -> list[float]:
     """Losses of the run on one device."""
     return losses(run(world, 1, course, LAYERS, "--train_iters 6"))
 
@@ -32,7 +31,7 @@ def uninterrupted(world: World, course: str) -> list[float]:  # noqa: F811
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=str)
 def test_goes_on_on_another_layout(
     world: World,
-    course: str,  # noqa: F811
+    course: str,
     uninterrupted: list[float],
     tmp_path: Path,
     first: tuple[int, str],
@@ -45,7 +44,7 @@ def test_goes_on_on_another_layout(
     assert saved + resumed == pytest.approx(uninterrupted, rel=1e-5)
 
 
-def test_the_checkpoint_gives_the_layout(world: World, course: str, tmp_path: Path) -> None:  # noqa: F811
+def test_the_checkpoint_gives_the_layout(world: World, course: str, tmp_path: Path) -> None:
     """`--use_checkpoint_args` takes parallel sizes; `--load_iters` takes an older checkpoint."""
     architecture = "--model_name llama2 --num_layers 2 --hidden_size 32 --num_attention_heads 4"
     flags = [course, "--train_iters 4"]
@@ -57,7 +56,7 @@ def test_the_checkpoint_gives_the_layout(world: World, course: str, tmp_path: Pa
     assert losses(output) == expected[2:]
 
 
-def test_a_growing_batch_goes_on_growing(world: World, course: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_growing_batch_goes_on_growing(world: World, course: str, tmp_path: Path) -> None:
     flags = [course.replace("--global_batch_size 8", "--global_batch_size 20")]
     flags += ["--train_samples 200 --rampup_batch_size 4 8 60"]
     straight = run(world, 1, *flags, f"--save {tmp_path / 'straight'}")

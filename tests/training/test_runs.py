@@ -5,44 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ARCHITECTURE, COURSE, finetune, losses, same, tensors, words, write_rows
+from tiny_runs import finetune, losses, run, same, tensors, words
 from worlds import World
 
 from megatron.data.indexed import IndexedDataset, IndexedWriter
 
 STAGES = "--pipeline_model_parallel_size 2 --hidden_dropout 0.1"
 SPREAD = "--tensor_model_parallel_size 2 --sequence_parallel --hidden_dropout 0.1 --attention_dropout 0.1"
-
-
-@pytest.fixture(scope="module")
-def course(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Flags of a run on 80 rows."""
-    folder = tmp_path_factory.mktemp("rows")
-    write_rows(folder / "rows.jsonl", 80)
-    command = [
-        *("--input", str(folder / "rows.jsonl"), "--output_prefix", str(folder / "rows"), "--workers", "1"),
-        *("--tokenizer_type", "SentencePieceTokenizer", "--vocab_file", str(small_model)),
-        *("--vocab_extra_ids_list", "<|im_start|>,<|im_end|>", "--question_key", "question"),
-        *("--answer_key", "response"),
-    ]
-    preprocess(command)
-    return f"{ARCHITECTURE} {COURSE} --vocab_file {small_model} --data_path {folder / 'rows'} --split 80,10,10"
-
-
-def preprocess(argv: list[str]) -> None:
-    """`instruct/preprocess_instruct_data.py` in this process."""
-    import runpy
-
-    from tiny_runs import ROOT
-
-    runpy.run_path(str(ROOT / "instruct" / "preprocess_instruct_data.py"))["main"](argv)
-
-
-def run(world: World, size: int, *flags: str) -> str:
-    """A run on `size` ranks that must succeed; what the main rank said."""
-    results = world(size, finetune, words(*flags))
-    assert [code for code, _ in results] == [0] * size, results[0][1]
-    return results[0][1]
 
 
 def test_learns(world: World, course: str) -> None:

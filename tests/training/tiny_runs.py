@@ -5,10 +5,12 @@ import importlib.util
 import io
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from worlds import World
 
 from megatron.checkpoint import open_checkpoint
 from megatron.config import run_entry
@@ -68,3 +70,15 @@ def write_rows(path: Path, count: int) -> None:
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether all tensors are bitwise the same."""
     return first.keys() == second.keys() and all(bool((first[name] == second[name]).all()) for name in first)
+
+
+def preprocess(argv: list[str]) -> None:
+    """`instruct/preprocess_instruct_data.py` in this process."""
+    runpy.run_path(str(ROOT / "instruct" / "preprocess_instruct_data.py"))["main"](argv)
+
+
+def run(world: World, size: int, *flags: str) -> str:
+    """A run on `size` ranks that must succeed; what the main rank said."""
+    results = world(size, finetune, words(*flags))
+    assert [code for code, _ in results] == [0] * size, results[0][1]
+    return results[0][1]
