@@ -151,6 +151,7 @@ def _spread(config: RunConfig, vocab_size: int, mesh: Mesh) -> Spread:
         sequence_parallel=config.parallel.sequence_parallel,
         vocab_size=vocab_size,
         key_value_heads=key_value_heads(config.model),
+        sums_rows_at_once=config.recompute.recompute_granularity == "selective",
     )
 
 

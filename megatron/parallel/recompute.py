@@ -22,6 +22,7 @@ KEPT_OPERATIONS = {
     "aten::mm",
     "aten::addmm",
     "megatron::column_products",
+    "megatron::row_product",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
@@ -30,8 +31,6 @@ KEPT_OPERATIONS = {
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
     "flash_attn_3::fwd",
-    "_c10d_functional::reduce_scatter_tensor",
-    "_c10d_functional::all_reduce",
 }
 """Operations whose outputs selective recomputation keeps: costly to compute again, cheap to store."""
 

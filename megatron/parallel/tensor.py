@@ -63,10 +63,33 @@ def column_products(x: Tensor, weights: list[Tensor], group: str, sequence_paral
 
 @column_products.register_fake
 def _(x: Tensor, weights: list[Tensor], group: str, sequence_parallel: bool) -> list[Tensor]:
-    ranks = (
-        dist.get_world_size(dist.distributed_c10d._resolve_process_group(cast(Any, group))) if sequence_parallel else 1
-    )
+    ranks = _ranks(group, sequence_parallel)
     return [x.new_empty(x.shape[0] * ranks, weight.shape[0]) for weight in weights]
+
+
+@torch.library.custom_op("megatron::row_product", mutates_args=())
+def row_product(x: Tensor, weight: Tensor, group: str, sequence_parallel: bool) -> Tensor:
+    """The product and sum of `RowLinear` as one operation, so that selective recomputation keeps the sum alone.
+
+    Were they two, it would keep this rank's summand, whole in t, as well.
+    """
+    partial, ranks = F.linear(x, weight), cast(Any, group)
+    total = (
+        reduce_scatter(partial, "sum", 0, ranks) if sequence_parallel else collectives.all_reduce(partial, "sum", ranks)
+    )
+    return collectives.wait_tensor(total)
+
+
+@row_product.register_fake
+def _(x: Tensor, weight: Tensor, group: str, sequence_parallel: bool) -> Tensor:
+    return x.new_empty(x.shape[0] // _ranks(group, sequence_parallel), weight.shape[0])
+
+
+def _ranks(group: str, sequence_parallel: bool) -> int:
+    """Over how many ranks tokens are divided outside the products."""
+    if not sequence_parallel:
+        return 1
+    return dist.get_world_size(dist.distributed_c10d._resolve_process_group(cast(Any, group)))
 
 
 class GatherLinear(torch.autograd.Function):
@@ -88,6 +111,22 @@ class GatherLinear(torch.autograd.Function):
         x_gradient = ctx.duals.close(partial)
         weight_gradients = [gradient.t() @ whole for gradient in gradients]
         return None, x_gradient, *weight_gradients
+
+
+class RowLinear(torch.autograd.Function):
+    """A row product: this rank's summand, summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, duals: Duals, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.duals = duals  # type: ignore[attr-defined]
+        return row_product(x, weight, duals.group.group_name, duals.sequence_parallel)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        whole = ctx.duals.open(gradient)
+        return None, whole @ weight, whole.t() @ x
 
 
 class Close(torch.autograd.Function):
@@ -134,11 +173,22 @@ def _own_rows(ids: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 class TensorSpread(Spread):
-    """The products of the model on one of several tensor-parallel ranks; weights are this rank's parts."""
+    """The products of the model on one of several tensor-parallel ranks; weights are this rank's parts.
+
+    With `sums_rows_at_once` a row product is one operation with its sum, which is what selective recomputation wants.
+    Full recomputation does not: it stops before the last product only if that is an operation by itself.
+    """
 
     def __init__(
-        self, group: dist.ProcessGroup, *, sequence_parallel: bool, vocab_size: int, key_value_heads: int
+        self,
+        group: dist.ProcessGroup,
+        *,
+        sequence_parallel: bool,
+        vocab_size: int,
+        key_value_heads: int,
+        sums_rows_at_once: bool = False,
     ) -> None:
+        self.sums_rows_at_once = sums_rows_at_once
         self.duals = Duals(group, sequence_parallel)
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -149,6 +199,8 @@ class TensorSpread(Spread):
         return GatherLinear.apply(self.duals, x, *weights)
 
     def row(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.sums_rows_at_once:
+            return RowLinear.apply(self.duals, x, weight)
         return Close.apply(self.duals, F.linear(x, weight))
 
     def key_value(self, weight: Tensor) -> Tensor:
