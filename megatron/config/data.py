@@ -7,7 +7,9 @@ from megatron.config.option import check_values, option
 
 TOKENIZER_TYPES = (
     *("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer", "SentencePieceTokenizer", "FalconTokenizer"),
+    "HFTokenizer",
 )
+REFUSED_TOKENIZER_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +17,24 @@ class TokenizerConfig:
     """Tokenizer."""
 
     tokenizer_type: str | None = option(None, "Kind of tokenizer.", choices=TOKENIZER_TYPES)
-    vocab_file: str | None = option(None, "The tokenizer's model or vocabulary file.")
-    merge_file: str | None = option(None, "Merges of a byte-pair vocabulary.")
+    vocab_file: str | None = option(
+        None,
+        "The tokenizer's file: a SentencePiece model, GPT-2's vocabulary, or a tokenizer.json, for which a folder that "
+        "holds it or a name on the Hugging Face hub will do.",
+    )
+    merge_file: str | None = option(None, "Merges that go with GPT-2's vocabulary.")
     vocab_extra_ids: int = option(0, "Add this many tokens <extra_id_0>, <extra_id_1>, ...", within="[0, inf)")
     vocab_extra_ids_list: str | None = option(None, "Add these tokens, comma separated.")
     new_tokens: bool = option(True, "Add no special tokens but those of --vocab_extra_ids_list.")
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.tokenizer_type in REFUSED_TOKENIZER_TYPES:
+            others = ", ".join(kind for kind in TOKENIZER_TYPES if kind not in REFUSED_TOKENIZER_TYPES)
+            raise UsageError(
+                f"--tokenizer_type {self.tokenizer_type} belongs to BERT models, which this toolkit does not have; "
+                f"give one of {others}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Our tokenizer as Hugging Face has tokenizers: the same ids for the same text, and the chat template of training."""
 
 import json
-from collections.abc import Iterable, Iterator
-from itertools import combinations
+from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from tokenizers.models import BPE
 
 from megatron.tokenizer import load_tokenizer
 from megatron.tokenizer.chat import CHAT_TEMPLATE, MESSAGE_END
-from megatron.tokenizer.sentencepiece import MODEL_FILE, SPECIAL_TOKENS_FILE
+from megatron.tokenizer.description import SPECIAL_TOKENS_FILE
+from megatron.tokenizer.hf_tokenizer import TOKENIZER_FILE
+from megatron.tokenizer.sentencepiece import MODEL_FILE
 
 SPACE = "\u2581"
 NORMAL, UNKNOWN, USER_DEFINED = 1, 2, 4
@@ -52,14 +54,16 @@ def export_tokenizer(source: Path, target: Path) -> None:
         ValueError: its SentencePiece model, or its special tokens, are of a kind that has no exact equal there.
     """
     tokenizer = load_tokenizer(source)
-    proto = _read_proto(source / MODEL_FILE)
-    fast = _fast_tokenizer(proto, source / MODEL_FILE)
-    _check_special_tokens(tokenizer.special_tokens, source / SPECIAL_TOKENS_FILE)
-    fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in tokenizer.special_tokens])
+    fast = CONVERTERS[tokenizer.tokenizer_type](source)
+    _check_special_tokens(tokenizer.special_tokens, _ordinary_added(fast), source / SPECIAL_TOKENS_FILE)
+    known = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
+    added = [name for name in tokenizer.special_tokens if name not in known]
+    fast.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in added])
     wrong = [name for name, token_id in tokenizer.special_tokens.items() if fast.token_to_id(name) != token_id]
     assert not wrong, f"{wrong} got other ids than {tokenizer.special_tokens}"
-    fast.save(str(target / "tokenizer.json"))
-    (target / MODEL_FILE).write_bytes((source / MODEL_FILE).read_bytes())
+    fast.save(str(target / TOKENIZER_FILE))
+    if (source / MODEL_FILE).is_file():
+        (target / MODEL_FILE).write_bytes((source / MODEL_FILE).read_bytes())
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     ends_turn = MESSAGE_END in tokenizer.special_tokens
     # no unk_token: transformers would cut text at its name, which training takes for ordinary text
@@ -81,13 +85,25 @@ def export_tokenizer(source: Path, target: Path) -> None:
     _write_json(target / "special_tokens_map.json", special)
 
 
-def _check_special_tokens(names: Iterable[str], path: Path) -> None:
-    """Of two special tokens at one place training takes the one registered first, `tokenizers` the longest."""
+def _ordinary_added(fast: FastTokenizer) -> list[str]:
+    """Tokens that are looked for beside the special ones, in the text as it is, but are ordinary text in training."""
+    tokens = fast.get_added_tokens_decoder().values()
+    return [token.content for token in tokens if not token.special and not token.normalized]
+
+
+def _check_special_tokens(names: Iterable[str], ordinary: Iterable[str], path: Path) -> None:
+    """Of two special tokens at one place training takes the one registered first, `tokenizers` the longest; and where
+    an ordinary token runs into a special one, training takes the special one, `tokenizers` the one that begins first.
+    """
+    names = list(names)
     for first, second in combinations(names, 2):
         if second.startswith(first):
             raise ValueError(
                 f"{path} cannot be exported exactly: {first!r} is registered before {second!r}, which begins with it"
             )
+    for token, name in product(ordinary, names):
+        if name in token or any(name.startswith(token[place:]) for place in range(1, len(token))):
+            raise ValueError(f"{path} cannot be exported exactly: the ordinary token {token!r} runs into {name!r}")
 
 
 def _read_proto(path: Path) -> Any:
@@ -98,10 +114,12 @@ def _read_proto(path: Path) -> Any:
     return proto
 
 
-def _fast_tokenizer(proto: Any, path: Path) -> FastTokenizer:
-    """The SentencePiece model for the `tokenizers` library: byte-pair merges by score, spaces as marks, bytes as a last
-    resort; each text between special tokens gets a space in front, as SentencePiece gives it.
+def _from_sentencepiece(folder: Path) -> FastTokenizer:
+    """The SentencePiece model in `folder` for the `tokenizers` library: byte-pair merges by score, spaces as marks,
+    bytes as a last resort; each text between special tokens gets a space in front, as SentencePiece gives it.
     """
+    path = folder / MODEL_FILE
+    proto = _read_proto(path)
     normalizer = proto.normalizer_spec
     unsupported = {
         "it is not a byte-pair (BPE) model": proto.trainer_spec.model_type != BPE_MODEL,
@@ -150,6 +168,18 @@ def _merges(proto: Any) -> Iterator[tuple[str, str]]:
         halves = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
         known = [pair for pair in halves if pair[0] in ranks and pair[1] in ranks]
         yield from sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+
+
+def _from_tokenizer_json(folder: Path) -> FastTokenizer:
+    """The tokenizer.json in `folder`: the library's already."""
+    return FastTokenizer.from_file(str(folder / TOKENIZER_FILE))
+
+
+CONVERTERS: dict[str, Callable[[Path], FastTokenizer]] = {
+    "SentencePieceTokenizer": _from_sentencepiece,
+    **dict.fromkeys(("HFTokenizer", "FalconTokenizer", "GPT2BPETokenizer"), _from_tokenizer_json),
+}
+"""Type of a saved tokenizer -> how its folder becomes one of the `tokenizers` library."""
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -13,6 +13,7 @@ class Tokenizer(Protocol):
     """Text to ids and back.
 
     Attributes:
+        tokenizer_type: the `--tokenizer_type` that it is of.
         vocab_size: number of ids, added tokens included.
         special_tokens: special string -> id, in the order of registration.
         bos_id: beginning of a sequence, if there is one; likewise `eos_id`.
@@ -20,6 +21,7 @@ class Tokenizer(Protocol):
         eod_id: end of a document.
     """
 
+    tokenizer_type: str
     vocab_size: int
     special_tokens: dict[str, int]
     bos_id: int | None
@@ -42,7 +44,11 @@ class Tokenizer(Protocol):
         """`encode` of each text."""
 
     def encode_arrays(self, texts: Sequence[str], *, special: bool = True) -> list[Array]:
-        """Ids of each text, int32, the fastest way; without `special`, special strings are ordinary text."""
+        """Ids of each text, int32, the fastest way.
+
+        Without `special`, special strings are ordinary text, and each text is taken as one that follows a special
+        string, as the body of a message does; to most tokenizers that makes no difference.
+        """
 
     def special_strings_in(self, text: str) -> list[str]:
         """The special strings that `encode` would find in `text`, in order."""

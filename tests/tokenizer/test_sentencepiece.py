@@ -155,7 +155,7 @@ def test_model_file_that_is_none(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({}, "--tokenizer_type is not given"),
-        ({"tokenizer_type": "FalconTokenizer"}, "FalconTokenizer is not available yet"),
+        ({"tokenizer_type": "BertWordPieceCase"}, "BertWordPieceCase belongs to BERT models.* give one of GPT2BPE"),
         ({"tokenizer_type": "SentencePieceTokenizer"}, "needs --vocab_file"),
         ({"tokenizer_type": "SentencePieceTokenizer", "vocab_file": "/no/such"}, "--vocab_file /no/such: no such file"),
     ],
