@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.formed import formed, formed_shape
 from megatron.checkpoint.load import HF_CONFIG, Checkpoint
 from megatron.checkpoint.safetensors_file import Entry, SafetensorsWriter
 from megatron.config import UsageError
-from megatron.hf.config import hf_config
-from megatron.hf.rows import to_hf
+from megatron.hf.config import EXPORTED, hf_config
+from megatron.hf.forms import targets
 from megatron.hf.tokenizer import export_tokenizer, is_own, stop_ids, token_ids
 from megatron.model import Model
 
@@ -122,8 +123,10 @@ def _trained_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _write_weights(
     checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shards: int | None, progress: Callable[[int], object]
 ) -> None:
-    weights = checkpoint.weights
-    entries = {name: Entry(to_hf(name), dtype, weights.shape(name)) for name in _in_order(weights.names())}
+    weights, model = checkpoint.weights, checkpoint.model
+    parts = targets(EXPORTED[model.model_name], model, _in_order(weights.names()))
+    shapes = {name: weights.shape(name) for name in weights.names()}
+    entries = {name: Entry(name, dtype, formed_shape(shapes, made_of)) for name, made_of in parts.items()}
     total = sum(entry.size for entry in entries.values())
     files = _divide(entries, total, shards or -(-total // SHARD_BYTES))
     count, index = len(files), {}
@@ -131,8 +134,8 @@ def _write_weights(
         file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         with SafetensorsWriter(folder / file, [entries[name] for name in names], {"format": "pt"}) as writer:
             for name in names:
-                writer.write(weights.read(name).to(dtype))
-                index[entries[name].name] = file
+                writer.write(formed(weights, parts[name]).to(dtype))
+                index[name] = file
                 progress(entries[name].size)
     if count > 1:
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})

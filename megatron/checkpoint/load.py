@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.folder import RELEASE, RUN, TRACKER, damage, iteration_folders, newest_whole
+from megatron.checkpoint.formed import FormedStore, formed_shape
 from megatron.checkpoint.save import state_name
-from megatron.checkpoint.store import SlicedStore, open_files
+from megatron.checkpoint.store import SlicedStore, TensorStore, open_files
 from megatron.checkpoint.vocabulary import vocabulary_size
 from megatron.config import ModelConfig
-from megatron.hf.config import model_fields
+from megatron.hf.config import model_fields, model_type
 from megatron.hf.config import vocabulary_size as vocabulary_of
-from megatron.hf.rows import BUFFERS, check_complete, from_hf, to_hf
+from megatron.hf.forms import FORMS, sources, targets, usual_name
+from megatron.hf.rows import check_complete, from_hf, parameter_shapes
 from megatron.hf.tokenizer import FILES
-from megatron.model import Model
 from megatron.tokenizer.sentencepiece import SPECIAL_TOKENS_FILE
 
 HF_CONFIG = "config.json"
@@ -44,7 +45,7 @@ class Checkpoint:
     folder: Path
     iteration: int
     run: dict[str, Any]
-    weights: SlicedStore
+    weights: TensorStore
     optimizer: SlicedStore | None = None
     tokenizer_folder: Path | None = None
     warnings: tuple[str, ...] = ()
@@ -136,37 +137,44 @@ def _open(folder: Path, warnings: list[str]) -> Checkpoint:
 
 def _open_hf(folder: Path) -> Checkpoint:
     config = read_json(folder / HF_CONFIG)
-    model = {"model_name": "llama2", **model_fields(config, folder / HF_CONFIG)}
-    stored = open_files(folder, _hf_files(folder))
-    stored = stored.without([name for name in stored.names() if BUFFERS.fullmatch(name)])
-    weights = _renamed(stored)
-    if model["tie_embed_logits"]:
-        _check_tied(weights, folder)
-        weights = weights.without(["lm_head.weight"])
-    check_complete(weights.names(), ModelConfig(**model), folder)
-    _check_shapes(weights, ModelConfig(**model), vocabulary_of(config, folder / HF_CONFIG), folder)
-    run = {"config": {"model": model}, "tokens": {key: config[key] for key in TOKENS if key in config}}
+    kind, fields = model_type(config, folder / HF_CONFIG), model_fields(config, folder / HF_CONFIG)
+    model = ModelConfig(**fields)
+    stored = open_files(folder, _hf_files(folder)).renamed(lambda name: usual_name(name, kind))
+    stored = stored.without([name for name in stored.names() if not name])
+    shapes = parameter_shapes(model, vocabulary_of(config, folder / HF_CONFIG))
+    if model.tie_embed_logits:
+        stored = _without_tied_copy(stored, kind, model, folder)
+    _check_form(stored, kind, model, shapes, folder)
+    weights = FormedStore(stored, sources(kind, model, shapes))
+    run = {"config": {"model": fields}, "tokens": {key: config[key] for key in TOKENS if key in config}}
     return Checkpoint(folder, 0, run, weights, tokenizer_folder=folder)
 
 
-def _check_tied(weights: SlicedStore, folder: Path) -> None:
+def _without_tied_copy(stored: SlicedStore, kind: str, model: ModelConfig, folder: Path) -> SlicedStore:
     """A copy of tied embeddings is to be one: with other values `transformers` 4 leaves it out, 5 computes with it."""
-    names = ("embedding.weight", "lm_head.weight")
-    if not set(names) <= set(weights.names()):
-        return
-    embedding, head = map(weights.read, names)
+    names = [FORMS[kind](name, model).name for name in ("embedding.weight", "lm_head.weight")]
+    if not set(names) <= set(stored.names()):
+        return stored
+    embedding, head = map(stored.read, names)
     if not torch.equal(embedding, head.to(embedding.dtype)):
-        first, second = map(to_hf, names)
-        raise ValueError(f"{folder}: {HF_CONFIG} says tie_word_embeddings, but {second} is not {first}")
+        raise ValueError(f"{folder}: {HF_CONFIG} says tie_word_embeddings, but {names[1]} is not {names[0]}")
+    return stored.without(names[1:])
 
 
-def _check_shapes(weights: SlicedStore, model: ModelConfig, vocab_size: int, folder: Path) -> None:
-    with torch.device("meta"):
-        parameters = Model(model, vocab_size).named_parameters()
-    for name, parameter in parameters:
-        found, expected = list(weights.shape(name)), list(parameter.shape)
-        if found != expected:
-            raise ValueError(f"{folder}: {to_hf(name)} is {found}, but by {HF_CONFIG} it should be {expected}")
+def _check_form(
+    stored: SlicedStore, kind: str, model: ModelConfig, shapes: dict[str, tuple[int, ...]], folder: Path
+) -> None:
+    """The files hold exactly the tensors of the model that config.json describes, in their shapes."""
+    expected = {name: formed_shape(shapes, parts) for name, parts in targets(kind, model, shapes).items()}
+    found = set(stored.names())
+    for what, difference in {"lacks": expected.keys() - found, "has unknown": found - expected.keys()}.items():
+        if difference:
+            some = ", ".join(sorted(difference)[:5])
+            raise ValueError(f"{folder} {what} weights: {some}{', ...' if len(difference) > 5 else ''}")
+    for name, shape in expected.items():
+        if stored.shape(name) != shape:
+            should = f"but by {HF_CONFIG} it should be {list(shape)}"
+            raise ValueError(f"{folder}: {name} is {list(stored.shape(name))}, {should}")
 
 
 def _hf_files(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from megatron.checkpoint.save import save_checkpoint
 from megatron.checkpoint.store import Entry, Ranges, Slice, TensorStore
 from megatron.checkpoint.vocabulary import ResizedVocabulary, with_vocabulary
 from megatron.config import ModelConfig, UsageError
+from megatron.hf.config import EXPORTED
 from megatron.parallel.plan import check_layout, split_of, stage_of, tensor_ranges
 
 FLAGS = ("--target_tensor_parallel_size", "--target_pipeline_parallel_size")
@@ -117,7 +118,14 @@ def _read(store: TensorStore, ranges: Ranges, entry: Entry) -> torch.Tensor:
 
 
 def _description(checkpoint: Checkpoint, layout: Layout, model_name: str | None) -> dict[str, Any]:
-    """run.json of the new checkpoint: the old one's, of another layout."""
+    """run.json of the new checkpoint: the old one's, of another layout.
+
+    Raises:
+        UsageError: `model_name` is not of the kind that the Hugging Face folder holds.
+    """
+    found = checkpoint.model.model_name
+    if model_name and checkpoint.is_hugging_face and EXPORTED[model_name] != EXPORTED[found]:
+        raise UsageError(f"{checkpoint.folder} holds a model of {found}, not of {model_name}; name that family")
     config: Mapping[str, Any] = checkpoint.run["config"]
     model = {**config["model"], **({"model_name": model_name} if model_name and checkpoint.is_hugging_face else {})}
     sizes = {"tensor_model_parallel_size": layout.tensor, "pipeline_model_parallel_size": layout.pipeline}

@@ -2,20 +2,12 @@
 
 from collections.abc import Callable
 
-from megatron.config.families import FAMILIES
-from megatron.config.model import ModelConfig
 from megatron.config.run import RunConfig
 
 COMING: dict[str, Callable[[RunConfig], object]] = {
     "--data_type gpt (the default; pass --data_type instruction)": lambda c: c.data.data_type == "gpt",
     "--metrics": lambda c: c.logging.metrics,
     "a blend of several data paths": lambda c: any(len(paths or ()) > 1 for paths in _paths(c)),
-    "a --tokenizer_type other than SentencePieceTokenizer": lambda c: (
-        c.tokenizer.tokenizer_type not in (None, "SentencePieceTokenizer")
-    ),
-    f"a --model_name other than {', '.join(FAMILIES)} (the default is {ModelConfig.model_name})": lambda c: (
-        c.model.model_name not in FAMILIES
-    ),
 }
 """What is not available yet -> whether a run asks for it."""
 

@@ -23,12 +23,28 @@ LLAMA_LAYER = {
     "glu_activation": "swiglu",
     "position_embedding_type": "rotary",
     "use_bias": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
     "use_post_ln": False,
     "parallel_attn": False,
     "parallel_layernorm": False,
     "sliding_window_size": None,
 }
-LLAMA_DEFAULTS = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "tie_embed_logits": False}
+WINDOWED_LAYER = {name: value for name, value in LLAMA_LAYER.items() if name != "sliding_window_size"}
+NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+LLAMA_DEFAULTS = {**NO_DROPOUT, "tie_embed_logits": False}
+FALCON_LAYER = {
+    "use_rms_norm": False,
+    "glu_activation": None,
+    "activation": "gelu",
+    "position_embedding_type": "rotary",
+    "use_bias": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "use_post_ln": False,
+    "parallel_attn": True,
+    "sliding_window_size": None,
+}
 
 FAMILIES = {
     "llama": Family(LLAMA_LAYER, {**LLAMA_DEFAULTS, "layernorm_epsilon": 1e-6, "max_position_embeddings": 2048}),
@@ -37,5 +53,28 @@ FAMILIES = {
         LLAMA_LAYER,
         {**LLAMA_DEFAULTS, "layernorm_epsilon": 1e-5, "max_position_embeddings": 16384, "rope_theta": 1e6},
     ),
+    "llama3": Family(
+        LLAMA_LAYER,
+        {**LLAMA_DEFAULTS, "layernorm_epsilon": 1e-5, "max_position_embeddings": 8192, "rope_theta": 5e5},
+    ),
+    "mistral": Family(
+        WINDOWED_LAYER,
+        {
+            **LLAMA_DEFAULTS,
+            "layernorm_epsilon": 1e-5,
+            "max_position_embeddings": 32768,
+            "sliding_window_size": 4096,
+        },
+    ),
+    "qwen2": Family(
+        {**LLAMA_LAYER, "add_qkv_bias": True},
+        {**LLAMA_DEFAULTS, "layernorm_epsilon": 1e-6, "max_position_embeddings": 32768, "rope_theta": 1e6},
+    ),
+    "qwen3": Family(
+        {**LLAMA_LAYER, "qk_layernorm": True},
+        {**LLAMA_DEFAULTS, "layernorm_epsilon": 1e-6, "max_position_embeddings": 40960, "rope_theta": 1e6},
+    ),
+    "falcon": Family(FALCON_LAYER, {**NO_DROPOUT, "layernorm_epsilon": 1e-5, "max_position_embeddings": 2048}),
+    "gpt": Family({}, {}),
 }
-"""`--model_name` -> preset, of the families that are available."""
+"""`--model_name` -> preset. `gpt` is whatever the flags say."""

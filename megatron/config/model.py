@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron.config.errors import UsageError
 from megatron.config.option import check_values, option
 
-MODEL_NAMES = ("codellama", "falcon", "gpt", "llama", "llama2", "mistral")
+MODEL_NAMES = ("codellama", "falcon", "gpt", "llama", "llama2", "llama3", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +31,29 @@ class ModelConfig:
     )
     layernorm_epsilon: float = option(1e-5, "Epsilon of the norms.", within="(0, inf)")
     use_bias: bool = option(False, "Give the products biases.")
+    add_qkv_bias: bool = option(False, "Give q, k and v biases.")
+    qk_layernorm: bool = option(False, "Normalize each head of q and k.")
     use_rms_norm: bool = option(False, "RMSNorm instead of LayerNorm.")
     use_post_ln: bool = option(False, "Norms after the sublayers instead of before.")
     glu_activation: str | None = option(
         None, "Gated activation of the MLP.", choices=("geglu", "liglu", "reglu", "swiglu")
     )
+    activation: str = option("gelu", "Activation of an MLP without a GLU.", choices=("gelu", "gelu_tanh"))
     position_embedding_type: str = option("absolute", "How positions are told.", choices=("rotary", "absolute"))
     rope_scaling_factor: float = option(
-        1.0, "Linear stretch of rotary positions; 2 means twice the context.", within="[1, inf)"
+        1.0, "Stretch of rotary positions; 2 means twice the context.", within="[1, inf)"
+    )
+    rope_scaling_type: str = option(
+        "linear",
+        "Which rotary frequencies are stretched: all, or, as in Llama 3.1, slow ones.",
+        choices=("linear", "llama3"),
+    )
+    rope_low_freq_factor: float = option(
+        1.0, "llama3: turns slower than the original context / this.", within="(0, inf)"
+    )
+    rope_high_freq_factor: float = option(4.0, "llama3: faster ones than it / this stay.", within="(0, inf)")
+    rope_original_max_position_embeddings: int | None = option(
+        None, "llama3: the context before stretching.", within="[1, inf)"
     )
     rope_theta: float = option(10000.0, "Base of the rotary frequencies.", within="(0, inf)")
     parallel_attn: bool = option(False, "Attention and MLP side by side instead of one after the other.")
@@ -56,6 +71,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_values(self)
         self._check_heads()
+        if self.parallel_layernorm and not self.parallel_attn:
+            raise UsageError("--parallel_layernorm needs --parallel_attn")
+        if self.parallel_attn and self.use_post_ln:
+            raise UsageError("--parallel_attn and --use_post_ln exclude each other")
+        if self.rope_scaling_type == "llama3":
+            if not self.rope_original_max_position_embeddings:
+                raise UsageError("--rope_scaling_type llama3 needs --rope_original_max_position_embeddings")
+            if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+                raise UsageError(
+                    f"--rope_low_freq_factor {self.rope_low_freq_factor} is not below --rope_high_freq_factor "
+                    f"{self.rope_high_freq_factor}"
+                )
 
     def _check_heads(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_attention_heads_kv

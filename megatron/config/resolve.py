@@ -15,10 +15,14 @@ from megatron.config.run import RUN_GROUPS, RunConfig
 
 SHAPES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_attention_heads_kv"),
-    *("kv_channels", "tie_embed_logits"),
+    *("kv_channels", "tie_embed_logits", "use_rms_norm", "glu_activation", "use_bias", "add_qkv_bias", "qk_layernorm"),
+    *("position_embedding_type", "parallel_attn", "parallel_layernorm", "use_post_ln"),
 )
 """Fields that decide the shapes of the weights."""
-MEANINGS = ("rope_theta", "rope_scaling_factor", "layernorm_epsilon")
+MEANINGS = (
+    *("rope_theta", "rope_scaling_factor", "rope_scaling_type", "rope_low_freq_factor", "rope_high_freq_factor"),
+    *("rope_original_max_position_embeddings", "layernorm_epsilon", "activation", "sliding_window_size"),
+)
 """Fields that change what the weights mean; they differ from the checkpoint only if that is said."""
 ARCHITECTURE = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
 """Fields without a default."""

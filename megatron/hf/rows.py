@@ -1,36 +1,41 @@
-"""Names of weights here and in Hugging Face's checkpoints, one row each, read in both directions.
+"""Names of weights here and in Hugging Face's Llama, one row a module, read in both directions.
 
-`{}` stands for the layer's number. Shapes are the same on both sides: rotary halves, separate q, k, v and gate, up are
-how Hugging Face stores Llama, too.
+Checkpoints of this toolkit use these names for every family, so that what reads Llama can read them. `{}` stands for the
+layer's number. Families whose files look otherwise: `megatron.hf.forms`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+import torch
 
 from megatron.config import ModelConfig
+from megatron.model import Model
 
 LLAMA = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "layers.{}.input_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.attention.q.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.{}.attention.k.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.{}.attention.v.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.{}.attention.o.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.{}.mlp_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "layers.{}.mlp.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.{}.mlp.up.weight": "model.layers.{}.mlp.up_proj.weight",
-    "layers.{}.mlp.down.weight": "model.layers.{}.mlp.down_proj.weight",
-    "final_norm.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
+    "embedding": "model.embed_tokens",
+    "position_embedding": "model.embed_positions",
+    "layers.{}.input_norm": "model.layers.{}.input_layernorm",
+    "layers.{}.attention.q": "model.layers.{}.self_attn.q_proj",
+    "layers.{}.attention.k": "model.layers.{}.self_attn.k_proj",
+    "layers.{}.attention.v": "model.layers.{}.self_attn.v_proj",
+    "layers.{}.attention.o": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
+    "layers.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
+    "layers.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "layers.{}.mlp.gate": "model.layers.{}.mlp.gate_proj",
+    "layers.{}.mlp.up": "model.layers.{}.mlp.up_proj",
+    "layers.{}.mlp.down": "model.layers.{}.mlp.down_proj",
+    "layers.{}.output_norm": "model.layers.{}.output_layernorm",
+    "final_norm": "model.norm",
+    "lm_head": "lm_head",
 }
-"""Our name -> Hugging Face's."""
-BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")
-"""What old files hold besides weights; it follows from the configuration."""
+"""Our module -> Hugging Face's."""
 
 
 def to_hf(name: str) -> str:
     """Hugging Face's name of our parameter `name`."""
-    return _translate(name, LLAMA)
+    return translate(name, LLAMA)
 
 
 def from_hf(name: str) -> str:
@@ -39,14 +44,27 @@ def from_hf(name: str) -> str:
     Raises:
         ValueError: it is no weight of a Llama.
     """
-    return _translate(name, {theirs: ours for ours, theirs in LLAMA.items()})
+    return translate(name, {theirs: ours for ours, theirs in LLAMA.items()})
 
 
-def parameter_names(config: ModelConfig) -> set[str]:
-    """Our names of all parameters of a model."""
-    assert config.num_layers
-    names = {name.replace("{}", str(n)) for name in LLAMA for n in range(config.num_layers)}
-    return names - {"lm_head.weight"} if config.tie_embed_logits else names
+def translate(name: str, table: Mapping[str, str]) -> str:
+    """The name of a parameter whose module is renamed by `table`.
+
+    Raises:
+        ValueError: the module is not in it.
+    """
+    module, _, kind = name.rpartition(".")
+    number = re.search(r"\.(\d+)(?=\.|$)", module)
+    pattern = module.replace(number[0], ".{}", 1) if number else module
+    if pattern not in table or kind not in ("weight", "bias"):
+        raise ValueError(f"unknown weight {name}")
+    return f"{table[pattern].replace('{}', number[1] if number else '')}.{kind}"
+
+
+def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Our names of all parameters of a model, and their shapes."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Model(config, vocab_size).named_parameters()}
 
 
 def check_complete(names: Iterable[str], config: ModelConfig, source: object) -> None:
@@ -54,18 +72,10 @@ def check_complete(names: Iterable[str], config: ModelConfig, source: object) ->
 
     A model with tied embeddings may come with the output layer's copy.
     """
-    found, expected = set(names), parameter_names(config)
+    found, expected = set(names), set(parameter_shapes(config, 1))
     if config.tie_embed_logits:
         found.discard("lm_head.weight")
     for what, difference in {"lacks": expected - found, "has unknown": found - expected}.items():
         if difference:
             some = ", ".join(sorted(map(to_hf, difference))[:5])
             raise ValueError(f"{source} {what} weights: {some}{', ...' if len(difference) > 5 else ''}")
-
-
-def _translate(name: str, table: dict[str, str]) -> str:
-    number = re.search(r"\.(\d+)\.", name)
-    pattern = name.replace(number[0], ".{}.", 1) if number else name
-    if pattern not in table:
-        raise ValueError(f"unknown weight {name}")
-    return table[pattern].replace("{}", number[1] if number else "")

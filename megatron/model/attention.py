@@ -33,8 +33,11 @@ class Documents:
         return self.cu_seqlens.diff().tolist()
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Documents, float], Tensor]
-"""(q [t, n, d], k [t, g, d], v [t, g, d], documents, dropout) -> [t, n, d]."""
+Attend = Callable[[Tensor, Tensor, Tensor, Documents, float, int | None], Tensor]
+"""(q [t, n, d], k [t, g, d], v [t, g, d], documents, dropout, window) -> [t, n, d].
+
+With a window a token attends to so many tokens at most, itself included; without one, to all before it.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,22 +48,32 @@ class AttentionKernel:
     attend: Attend
 
 
-def attend_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float) -> Tensor:
+def attend_by_document(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float, window: int | None = None
+) -> Tensor:
     """PyTorch's causal attention, one call a document; documents of one length go in one call. Exact on any device."""
     lengths = documents.lengths
     if len(set(lengths)) == 1:
         q, k, v = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q, k, v))  # [documents, length, heads, d]
-        return _causal(q, k, v, dropout).flatten(0, 1)
+        return _causal(q, k, v, dropout, window).flatten(0, 1)
     pieces = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([_causal(q[None], k[None], v[None], dropout)[0] for q, k, v in pieces])
+    return torch.cat([_causal(q[None], k[None], v[None], dropout, window)[0] for q, k, v in pieces])
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, dropout: float, window: int | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped).transpose(
-        1, 2
+    seen = None
+    if window is not None and q.shape[2] > window:
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
     )
+    return out.transpose(1, 2)
+
+
+def _flash_window(window: int | None) -> tuple[int, int]:
+    """How many tokens before and after itself a token sees, in the words of the flash kernels; -1 is all."""
+    return (-1 if window is None else window - 1, 0)
 
 
 def _torch_varlen() -> Attend:
@@ -68,12 +81,14 @@ def _torch_varlen() -> Attend:
 
     accepts_grouping = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float, window: int | None = None
+    ) -> Tensor:
         if dropout:
-            return attend_by_document(q, k, v, documents, dropout)
+            return attend_by_document(q, k, v, documents, dropout, window)
         bounds, longest = documents.cu_seqlens, documents.max_seqlen
         options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if accepts_grouping else {}
-        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=_flash_window(window), **options)
         return cast(Tensor, out)
 
     return attend
@@ -83,11 +98,15 @@ def _flash_attn(module: str) -> Attend:
     flash_attn_varlen_func = importlib.import_module(module).flash_attn_varlen_func
     accepts_dropout = "dropout_p" in inspect.signature(flash_attn_varlen_func).parameters
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, documents: Documents, dropout: float, window: int | None = None
+    ) -> Tensor:
         if dropout and not accepts_dropout:
-            return attend_by_document(q, k, v, documents, dropout)
+            return attend_by_document(q, k, v, documents, dropout, window)
         bounds, longest = documents.cu_seqlens, documents.max_seqlen
-        options = {"dropout_p": dropout} if accepts_dropout else {}
+        options: dict[str, Any] = {"window_size": _flash_window(window)} if window is not None else {}
+        if accepts_dropout:
+            options["dropout_p"] = dropout
         out = flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True, **options)
         return out[0] if isinstance(out, tuple) else out
 

@@ -14,7 +14,7 @@ RESIDUAL_OUTPUTS = ("attention.o.weight", "mlp.down.weight")
 def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """The whole initial tensor of parameter `name`, fp32, on the CPU."""
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
     weight = torch.empty(shape)
     if config.init_method_xavier_uniform:

@@ -1,26 +1,49 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the half-split form of Hugging Face's Llama."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from megatron.config import ModelConfig
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, [t, d] each."""
 
 
-def rotary_tables(positions: Tensor, head_size: int, theta: float, scaling_factor: float) -> Rotary:
-    """Cosines and sines for `positions` [t], in fp32.
-
-    `scaling_factor` stretches the positions linearly (Chen et al. 2023, arXiv:2306.15595): 2 means twice the context.
-    """
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions.device) / head_size
-    frequencies = 1.0 / theta**exponents / scaling_factor
-    angles = positions.float()[:, None] * frequencies
+def rotary_tables(positions: Tensor, config: ModelConfig) -> Rotary | None:
+    """Cosines and sines for `positions` [t], in fp32; None for a model that does not rotate."""
+    if config.position_embedding_type != "rotary":
+        return None
+    angles = positions.float()[:, None] * _frequencies(config).to(positions.device)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
     """Turn each head of x [t, n, d] by the angles of its position."""
+    if rotary is None:
+        return x
     cosines, sines = (table[:, None].to(x.dtype) for table in rotary)
     first, second = x.chunk(2, dim=-1)
     return x * cosines + torch.cat([-second, first], dim=-1) * sines
+
+
+def _frequencies(config: ModelConfig) -> Tensor:
+    """Turns a token of each pair of channels, [d / 2], stretched as the model asks.
+
+    linear: all positions by the same factor (Chen et al. 2023, arXiv:2306.15595); 2 means twice the context.
+    llama3: only slow turns, longer than the original context / `rope_low_freq_factor`; fast ones, shorter than it /
+    `rope_high_freq_factor`, stay, and between them it goes over smoothly (Llama 3.1).
+    """
+    assert config.kv_channels
+    exponents = torch.arange(0, config.kv_channels, 2, dtype=torch.float32) / config.kv_channels
+    frequencies = 1.0 / config.rope_theta**exponents
+    factor = config.rope_scaling_factor
+    if config.rope_scaling_type == "linear":
+        return frequencies / factor
+    assert config.rope_original_max_position_embeddings
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - kept) * frequencies / factor + kept * frequencies

@@ -23,12 +23,16 @@ class Spread:
         return F.linear(x, weight)
 
     def key_value(self, weight: Tensor) -> Tensor:
-        """The rows of a key or value weight that this device computes with."""
+        """The rows of a key or value weight, or bias, that this device computes with."""
         return weight
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """Rows of an embedding [v, h] that may be divided by rows; tokens [t] -> [t, h]."""
         return F.embedding(tokens, weight)
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """The rows of x [t, ...] that this device has of the hidden state."""
+        return x
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of each token in fp32, [t], of logits [t, v] whose vocabulary may be divided over ranks."""

@@ -139,8 +139,8 @@ def _cut(module: Model, shapes: Mapping[str, tuple[int, ...]], model: ModelConfi
     """Leave only this tensor-parallel rank's rows or columns of each parameter."""
     for name, shape in shapes.items():
         local = [r.stop - r.start for r in tensor_ranges(name, shape, model, mesh.size("tp"), mesh.rank("tp"))]
-        owner = module.get_submodule(name.rpartition(".")[0])
-        owner.weight = nn.Parameter(torch.empty(local, device="meta"))
+        owner, _, kind = name.rpartition(".")
+        setattr(module.get_submodule(owner), kind, nn.Parameter(torch.empty(local, device="meta")))
 
 
 def _spread(config: RunConfig, vocab_size: int, mesh: Mesh) -> Spread:
@@ -183,7 +183,7 @@ def _part(name: str, parameter: nn.Parameter, shape: tuple[int, ...], config: Ru
         split=split,
         gradient_is_partial=tensor_size > 1
         and split.dim is None
-        and (config.parallel.sequence_parallel or ".attention." in name),
+        and (config.parallel.sequence_parallel or split.gradient_by_heads),
         other_stage=other_stage,
         is_primary=(split.dim is not None or tensor_rank == 0) and other_stage in (None, mesh.size("pp") - 1),
     )

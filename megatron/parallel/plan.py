@@ -5,7 +5,12 @@
 | `vocab`  | rows split over ranks      | embedding, lm_head         |
 | `column` | rows split (outputs)       | q, k, v, gate, up          |
 | `row`    | columns split (inputs)     | o, down                    |
-| `whole`  | on every rank              | norms                      |
+| `whole`  | on every rank              | norms, biases of row       |
+| `heads`  | on every rank, whose heads | norms of q and k; k and v  |
+|          | compute with all or some   | of fewer heads than ranks  |
+
+Under sequence parallelism a rank computes with its tokens only, so that its gradient of a `whole` parameter is a summand;
+of a `heads` parameter it always is.
 
 Parts are PyTorch's chunks: ceil(size / ranks) rows each, the last ones shorter. Only the vocabulary may be uneven.
 """
@@ -20,26 +25,39 @@ from megatron.config import ModelConfig, ParallelConfig, UsageError
 
 @dataclass(frozen=True)
 class Split:
-    """How a parameter is divided: along which dimension (None: on every rank), and whether parts may differ in size."""
+    """How a parameter is divided.
+
+    Attributes:
+        kind: see above.
+        dim: along which dimension; None: it is on every rank.
+        even: whether parts are of one size.
+        gradient_by_heads: each rank's gradient comes from its heads alone.
+    """
 
     kind: str
     dim: int | None
     even: bool = True
+    gradient_by_heads: bool = False
 
 
 VOCAB = Split("vocab", 0, even=False)
 COLUMN = Split("column", 0)
 ROW = Split("row", 1)
 WHOLE = Split("whole", None)
+HEADS = Split("heads", None, gradient_by_heads=True)
 
 PLAN = {
     r"embedding\.weight": VOCAB,
-    r"layers\.\d+\.attention\.(q|k|v)\.weight": COLUMN,
+    r"position_embedding\.weight": WHOLE,
+    r"layers\.\d+\.attention\.(q|k|v)\.(weight|bias)": COLUMN,
+    r"layers\.\d+\.attention\.(q_norm|k_norm)\.weight": HEADS,
     r"layers\.\d+\.attention\.o\.weight": ROW,
-    r"layers\.\d+\.mlp\.(gate|up)\.weight": COLUMN,
+    r"layers\.\d+\.attention\.o\.bias": WHOLE,
+    r"layers\.\d+\.mlp\.(gate|up)\.(weight|bias)": COLUMN,
     r"layers\.\d+\.mlp\.down\.weight": ROW,
-    r"layers\.\d+\.(input_norm|mlp_norm)\.weight": WHOLE,
-    r"final_norm\.weight": WHOLE,
+    r"layers\.\d+\.mlp\.down\.bias": WHOLE,
+    r"layers\.\d+\.(input_norm|mlp_norm|output_norm)\.(weight|bias)": WHOLE,
+    r"final_norm\.(weight|bias)": WHOLE,
     r"lm_head\.weight": VOCAB,
 }
 """Parameter name -> split; every parameter of a model matches exactly one row."""
@@ -50,8 +68,8 @@ def split_of(name: str, model: ModelConfig, tensor_size: int) -> Split:
 
     Key/value heads fewer than ranks cannot be divided: their weights are whole, and each rank computes with its head.
     """
-    if re.fullmatch(r"layers\.\d+\.attention\.(k|v)\.weight", name) and key_value_heads(model) < tensor_size:
-        return WHOLE
+    if re.fullmatch(r"layers\.\d+\.attention\.(k|v)\.(weight|bias)", name) and key_value_heads(model) < tensor_size:
+        return HEADS
     matches = [split for pattern, split in PLAN.items() if re.fullmatch(pattern, name)]
     assert len(matches) == 1, f"{name} matches {len(matches)} rows of the plan"
     return matches[0]
@@ -122,7 +140,7 @@ def stage_of(name: str, num_layers: int, stages: int) -> int:
     layer = re.match(r"layers\.(\d+)\.", name)
     if layer:
         return next(s for s, layers in enumerate(stage_layers(num_layers, stages)) if int(layer[1]) in layers)
-    return 0 if name.startswith("embedding.") else stages - 1
+    return 0 if name.startswith(("embedding.", "position_embedding.")) else stages - 1
 
 
 def _consecutive(sizes: Sequence[int]) -> list[range]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megatron.config import RecomputeConfig
-from megatron.model.transformer import RunLayers, run_layers
+from megatron.model.layer import RunLayers, run_layers
 
 KEPT_OPERATIONS = {
     "aten::mm",

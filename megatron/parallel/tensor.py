@@ -213,6 +213,9 @@ class TensorSpread(Spread):
         rows, mine = _own_rows(tokens, self.vocab_start, weight.shape[0])
         return Close.apply(self.duals, F.embedding(rows, weight) * mine[:, None])
 
+    def own_tokens(self, x: Tensor) -> Tensor:
+        return x.chunk(self.size)[self.rank] if self.duals.sequence_parallel else x
+
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return VocabularyCrossEntropy.apply(logits, labels, self.vocab_start, self.group)
 

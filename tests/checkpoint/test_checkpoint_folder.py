@@ -12,7 +12,7 @@ import torch
 from megatron.checkpoint import Slice, changed_files, open_checkpoint, save_checkpoint
 from megatron.checkpoint.folder import writing
 from megatron.config import ModelConfig
-from megatron.hf.rows import parameter_names
+from megatron.hf.rows import parameter_shapes
 
 SIZES: dict[str, Any] = {
     "num_layers": 2,
@@ -28,7 +28,7 @@ RUN = {"config": {"model": SIZES}, "consumed_samples": 8}
 
 
 def slices(value: float) -> Iterator[Slice]:
-    for name in sorted(parameter_names(MODEL)):
+    for name in sorted(parameter_shapes(MODEL, 1)):
         yield Slice.of(name, (3,), (0,), torch.full((3,), value))
 
 

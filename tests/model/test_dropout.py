@@ -9,7 +9,7 @@ from worlds import World
 
 from megatron.config import ModelConfig
 from megatron.model import Spread
-from megatron.model.transformer import layer_dropout
+from megatron.model.layer import layer_dropout
 from megatron.parallel.tensor import TensorSpread
 
 

@@ -1,0 +1,82 @@
+"""Weights in the form that a family has in Hugging Face's files: read from it row by row, and put together again."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.files import Ranges
+from megatron.checkpoint.store import TensorStore
+from megatron.hf.forms import Rows, Source
+
+
+@dataclass(frozen=True)
+class FormedStore:
+    """Our tensors, read from a store of theirs.
+
+    Attributes:
+        store: of their tensors.
+        sources: our name -> where it lies there.
+    """
+
+    store: TensorStore
+    sources: Mapping[str, Source]
+
+    def names(self) -> list[str]:
+        """Ours."""
+        return list(self.sources)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of our whole tensor."""
+        source = self._source(name)
+        shape = self.store.shape(source.name)
+        if source.transposed:
+            shape = shape[::-1]
+        return shape if source.rows is None else (len(source.rows), *shape[1:])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        return self.store.dtype(self._source(name).name)
+
+    def read(self, name: str, ranges: Ranges | None = None) -> Tensor:
+        """Our tensor or a part of it; only the rows asked for are read."""
+        source = self._source(name)
+        rows, *rest = ranges or tuple(slice(0, size) for size in self.shape(name))
+        taken = [rows] if source.rows is None else list(_runs(source.rows[rows]))
+        order = -1 if source.transposed else 1
+        parts = [self.store.read(source.name, (run, *rest)[::order]) for run in taken]
+        return torch.cat([part.t() if source.transposed else part for part in parts])
+
+    def _source(self, name: str) -> Source:
+        if name not in self.sources:
+            raise ValueError(f"there is no tensor {name}")
+        return self.sources[name]
+
+
+def formed_shape(shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Source]) -> tuple[int, ...]:
+    """Shape of their tensor that is made of `parts` of ours, by the shapes of ours."""
+    first, source = next(iter(parts.items()))
+    shape = (sum(shapes[name][0] for name in parts), *shapes[first][1:])
+    return shape[::-1] if source.transposed else shape
+
+
+def formed(weights: TensorStore, parts: Mapping[str, Source]) -> Tensor:
+    """Their tensor, put together from `parts` of ours."""
+    first, source = next(iter(parts.items()))
+    if source.rows is None:
+        whole = weights.read(first)
+    else:
+        rows = sum(weights.shape(name)[0] for name in parts)
+        whole = torch.empty(rows, *weights.shape(first)[1:], dtype=weights.dtype(first))
+        for name, place in parts.items():
+            whole[torch.as_tensor(place.rows)] = weights.read(name)
+    return whole.t().contiguous() if source.transposed else whole
+
+
+def _runs(rows: Rows) -> Iterator[slice]:
+    """Consecutive rows as slices, in order."""
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+        if len(run):
+            yield slice(int(run[0]), int(run[-1]) + 1)
