@@ -20,6 +20,11 @@ def role_prefix(prefix: str | Path) -> str:
     return f"{prefix}-role"
 
 
+def tokenizer_file(prefix: str | Path) -> Path:
+    """The file that describes the tokenizer of the instruction dataset `prefix`; other tools' datasets have none."""
+    return Path(f"{prefix}-tokenizer.json")
+
+
 class InstructionDataset:
     """The pair `PREFIX-text` and `PREFIX-role`; `dataset[i]` is (tokens int64 [n], roles int64 [n]) of row i.
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron.data.indexed import IndexedWriter, publish_datasets, token_dtype
-from megatron.data.instruction import role_prefix, text_prefix
+from megatron.data.instruction import role_prefix, text_prefix, tokenizer_file
 from megatron.data.processes import map_in_order
 from megatron.data.rows import ROLE_DTYPE, Chunk, EncodedChunk, RowEncoder
+from megatron.tokenizer import write_description
 from megatron.tokenizer.chat import Role
 
 MOST_LISTED = 1000
@@ -110,6 +111,8 @@ def preprocess(
 ) -> Summary:
     """Encode the rows of `inputs`, in order, into `OUTPUT_PREFIX-text` and `OUTPUT_PREFIX-role`.
 
+    `OUTPUT_PREFIX-tokenizer.json` says by which tokenizer, so that training with another one is noticed.
+
     Workers take `chunk_size` lines at a time (more where they are short); the output does not depend on either number.
     It appears when all of it is written, replacing what was there; nothing is left behind on an error or interrupt.
 
@@ -143,6 +146,8 @@ def preprocess(
             writer.discard()
         raise
     publish_datasets(writers)
+    described = tokenizer_file(output_prefix)
+    write_description(encoder.tokenizer, described.parent, described.name)
     summary.seconds = time.perf_counter() - began
     return summary
 

@@ -82,7 +82,7 @@ class RowEncoder:
     """Encodes the lines of chunks: the messages system, question, answer of each row, each tokenized apart."""
 
     def __init__(self, tokenizer: Tokenizer, row_format: RowFormat) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._format = row_format
         keys = {
             Role.SYSTEM: row_format.system_key,
@@ -161,7 +161,7 @@ class RowEncoder:
         return messages
 
     def _refuse_special(self, key: str, text: str) -> None:
-        found = self._tokenizer.special_strings_in(text) or self._forging.findall(text)
+        found = self.tokenizer.special_strings_in(text) or self._forging.findall(text)
         if found:
             raise RowError(f"the value of key {key!r} has the special string {found[0]!r} (--special_in_text error)")
 
@@ -177,10 +177,10 @@ class RowEncoder:
 
     def _encode_new(self, messages: Sequence[tuple[Role, str]]) -> list[Array]:
         if self._format.special_in_text != "text":
-            return self._tokenizer.encode_arrays([render_message(role, text) for role, text in messages])
+            return self.tokenizer.encode_arrays([render_message(role, text) for role, text in messages])
         start, end = self._markers
         bodies = [render_body(role, text) for role, text in messages]
-        return [np.concatenate([start, ids, end]) for ids in self._tokenizer.encode_arrays(bodies, special=False)]
+        return [np.concatenate([start, ids, end]) for ids in self.tokenizer.encode_arrays(bodies, special=False)]
 
 
 def _lines(chunk: Chunk) -> list[bytes]:

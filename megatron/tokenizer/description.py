@@ -16,19 +16,19 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     return {name: getattr(tokenizer, name) for name in FIELDS}
 
 
-def write_description(tokenizer: Tokenizer, folder: Path) -> None:
-    """Keep the description of `tokenizer` in its folder."""
+def write_description(tokenizer: Tokenizer, folder: Path, file: str = SPECIAL_TOKENS_FILE) -> None:
+    """Keep the description of `tokenizer` in its folder, or under another name beside what it tokenized."""
     text = json.dumps(describe(tokenizer), indent=2, ensure_ascii=False) + "\n"
-    (folder / SPECIAL_TOKENS_FILE).write_text(text, encoding="utf-8")
+    (folder / file).write_text(text, encoding="utf-8")
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path, file: str = SPECIAL_TOKENS_FILE) -> dict[str, Any]:
     """What `write_description` kept in `folder`; an older one has "tokenizer_type" and "special_tokens" only.
 
     Raises:
         OSError, ValueError: the file is missing or damaged.
     """
-    path = folder / SPECIAL_TOKENS_FILE
+    path = folder / file
     try:
         description = dict(json.loads(path.read_text(encoding="utf-8")))
         if not isinstance(description["tokenizer_type"], str):

@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 
 from megatron.checkpoint import Checkpoint, changed_files
 from megatron.config import RunConfig, TrainingConfig
 from megatron.data import DataSplit, DataSplits, InstructionBatches, RowOptions, build_instruction_splits
+from megatron.data.instruction import tokenizer_file
 from megatron.model import training_flops
 from megatron.optim.groups import build_optimizer
 from megatron.optim.loss_scale import build_loss_scale
@@ -20,7 +22,8 @@ from megatron.parallel.device import peak_tflops, synchronize
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Mesh, open_mesh, plan_layout, world_size_of
 from megatron.parallel.plan import virtual_stages
-from megatron.tokenizer import Tokenizer, build_tokenizer
+from megatron.tokenizer import Tokenizer, build_tokenizer, difference, read_description
+from megatron.tokenizer.description import SPECIAL_TOKENS_FILE
 from megatron.training.batch_size import BatchSize, batch_size
 from megatron.training.evaluate import Evaluator
 from megatron.training.log import main_rank_writer
@@ -74,7 +77,11 @@ def run(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str] =
     with ExitStack() as stack:
         mesh = stack.enter_context(open_mesh(layout, config.parallel.distributed_backend))
         say = main_rank_writer(mesh.is_main)
-        for note in [*notes, *(checkpoint.warnings if checkpoint else ())]:
+        for note in [
+            *notes,
+            *(checkpoint.warnings if checkpoint else ()),
+            *_other_tokenizers(config, checkpoint, tokenizer),
+        ]:
             say(note)
         trackers = build_trackers(config.logging, say, config.to_dict()) if mesh.is_main else Trackers([])
         stack.callback(trackers.close)
@@ -91,6 +98,21 @@ def run(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str] =
         )
         on_signal = stack.enter_context(StopOnSignal()) if config.training.exit_signal_handler else None
         _run(setting, on_signal)
+
+
+def _other_tokenizers(config: RunConfig, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> list[str]:
+    """Lines that say in what the tokenizer differs from that of the checkpoint and those of the data."""
+    data = config.data
+    paths = [data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path]
+    files = {f"the data {prefix}": tokenizer_file(prefix) for prefix in dict.fromkeys(chain(*(p or () for p in paths)))}
+    if checkpoint and checkpoint.tokenizer_folder:
+        files[f"the checkpoint {checkpoint.folder}"] = checkpoint.tokenizer_folder / SPECIAL_TOKENS_FILE
+    found = {
+        what: difference(read_description(file.parent, file.name), tokenizer)
+        for what, file in files.items()
+        if file.is_file()
+    }
+    return [f"warning: the tokenizer is not that of {what}: {change}" for what, change in found.items() if change]
 
 
 def _run(setting: Setting, on_signal: StopOnSignal | None) -> None:

@@ -227,3 +227,14 @@ def test_mistakes_are_said_before_anything_starts(course: str, flags: str, messa
     code, output = finetune(words(course, "--train_iters 1", flags))
     assert code in (1, 2)
     assert message in output
+
+
+def test_another_tokenizer_than_that_of_data_or_checkpoint_is_told(course: str, tmp_path: Path) -> None:
+    code, output = finetune(words(course, f"--train_iters 1 --save {tmp_path}"))
+    assert (code, "the tokenizer is not that of" in output) == (0, False)
+    grown = course.replace("<|im_end|>", "<|im_end|>,<|new|>")
+    code, output = finetune(words(grown, f"--train_iters 1 --load {tmp_path} --finetune"))
+    assert code == 0
+    for what in ("the data ", f"the checkpoint {tmp_path}"):
+        line = next(line for line in output.splitlines() if f"the tokenizer is not that of {what}" in line)
+        assert line.endswith("was missing and is '<|new|>' (id 407)"), line
