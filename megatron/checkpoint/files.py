@@ -7,10 +7,11 @@ The entries of a safetensors file may be slices of larger tensors. Its metadata 
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron.checkpoint.safetensors_file import NAMED_DTYPES
 
+BLOCK_BYTES = 1 << 24
 OFFSETS, SHAPES = "DCP_SHARDING_INFO", "GLOBAL_SHAPES"
 Ranges = tuple[slice, ...]
 
@@ -46,7 +48,7 @@ class TensorFile(Protocol):
 
 
 class SafetensorsFile:
-    """A safetensors file, mapped into memory.
+    """A safetensors file, checked by `safetensors`. Reads are plain ones: pages of a mapped file would stay resident.
 
     Raises:
         ValueError: it is damaged.
@@ -55,27 +57,54 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._handle = safe_open(path, framework="pt")
+            with safe_open(path, framework="pt"):
+                self._file = path.open("rb", buffering=0)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+        size = int.from_bytes(self._file.read(8), "little")
+        self._header: dict[str, Any] = json.loads(self._file.read(size))
+        self._metadata = self._header.pop("__metadata__", {})
+        self._begin = 8 + size
 
     def contents(self) -> Iterator[Content]:
         """All entries."""
-        metadata = self._handle.metadata() or {}
         try:
-            offsets, wholes = json.loads(metadata.get(OFFSETS, "{}")), json.loads(metadata.get(SHAPES, "{}"))
-            for name in self._handle.keys():  # noqa: SIM118 - not a dictionary
-                part = self._handle.get_slice(name)
-                shape = tuple(part.get_shape())
+            offsets = json.loads(self._metadata.get(OFFSETS, "{}"))
+            wholes = json.loads(self._metadata.get(SHAPES, "{}"))
+            for name, entry in self._header.items():
+                shape = tuple(entry["shape"])
                 start = tuple(offsets[name]["saved_offsets"]) if name in offsets else (0,) * len(shape)
-                whole = tuple(wholes.get(name, shape))
-                yield Content(name, start, shape, whole, NAMED_DTYPES[part.get_dtype()])
+                yield Content(name, start, shape, tuple(wholes.get(name, shape)), NAMED_DTYPES[entry["dtype"]])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self._path}: damaged metadata or unknown type: {error!r}") from error
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
-        """A part of an entry."""
-        return self._handle.get_slice(name)[ranges]
+        """A part of an entry: its rows, a block of them at a time where only some of their columns are wanted."""
+        entry = self._header[name]
+        dtype, inner = NAMED_DTYPES[entry["dtype"]], entry["shape"][1:]
+        rows, *columns = ranges or (slice(0, 1),)
+        row_bytes = torch.Size(inner).numel() * dtype.itemsize
+        begin = self._begin + entry["data_offsets"][0]
+        if all((r.start, r.stop) == (0, size) for r, size in zip(columns, inner, strict=True)):
+            whole = torch.empty(rows.stop - rows.start, *inner, dtype=dtype)
+            self._fill(whole, begin + rows.start * row_bytes)
+            return whole.reshape([]) if not entry["shape"] else whole
+        result = torch.empty(rows.stop - rows.start, *(r.stop - r.start for r in columns), dtype=dtype)
+        for part in result.split(max(BLOCK_BYTES // row_bytes, 1)):
+            block = torch.empty(len(part), *inner, dtype=dtype)
+            self._fill(block, begin + rows.start * row_bytes)
+            part.copy_(block[(slice(None), *columns)])
+            rows = slice(rows.start + len(part), rows.stop)
+        return result
+
+    def _fill(self, tensor: Tensor, offset: int) -> None:
+        """Read a tensor's bytes, which begin at `offset` of the file."""
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        while data:
+            count = os.preadv(self._file.fileno(), [data], offset)
+            if not count:
+                raise ValueError(f"{self._path} ends too early: it was changed while it was read")
+            data, offset = data[count:], offset + count
 
 
 class PickledFile:

@@ -47,7 +47,8 @@ class FormedStore:
         taken = [rows] if source.rows is None else list(_runs(source.rows[rows]))
         order = -1 if source.transposed else 1
         parts = [self.store.read(source.name, (run, *rest)[::order]) for run in taken]
-        return torch.cat([part.t() if source.transposed else part for part in parts])
+        ours = [part.t() if source.transposed else part for part in parts]
+        return ours[0] if len(ours) == 1 else torch.cat(ours)
 
     def _source(self, name: str) -> Source:
         if name not in self.sources:

@@ -22,6 +22,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads_kv": 2,
     "kv_channels": 2,
     "tie_embed_logits": False,
+    "position_embedding_type": "rotary",
 }
 MODEL = ModelConfig(**SIZES)
 RUN = {"config": {"model": SIZES}, "consumed_samples": 8}

@@ -164,7 +164,7 @@ def test_output_does_not_depend_on_workers_and_chunks(run: Run, tmp_path: Path) 
     for workers, chunk_size in ((1, 1000), (1, 1), (2, 7), (3, 2), (4, 25)):
         run(*contents, workers=workers, chunk_size=chunk_size)
         outputs.append(output_bytes(tmp_path))
-    assert len(outputs[0]) == 4
+    assert len(outputs[0]) == 5
     assert all(output == outputs[0] for output in outputs)
 
 

@@ -50,7 +50,7 @@ def test_good_run(small_model: Path, jsonl: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{prefix}: 20 rows, ")
     assert len(done.stderr.splitlines()) == 1
-    assert len(list(prefix.parent.iterdir())) == 4
+    assert len(list(prefix.parent.iterdir())) == 5
 
 
 def test_warning_about_forged_turns(small_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Peak memory and speed of the conversions, beside copying the same bytes: a random Llama in bf16, made on the spot.
+
+Each tool is timed as a whole process. Memory is the largest resident set, mapped files included.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.config import ModelConfig, option, parse_command, run_entry
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 32000
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """Benchmark"""
+
+    num_layers: int = option(16, "Layers of the model; 16 make about a billion parameters.")
+    hidden_size: int = option(2048, "Its hidden size.")
+    folder: str | None = option(None, "Where there is room for five copies; by default the temporary folder.")
+
+
+def make_model(folder: Path, options: BenchmarkOptions) -> None:
+    """A Hugging Face folder with random weights, written tensor by tensor."""
+    import json
+
+    import torch
+
+    from megatron.checkpoint.safetensors_file import Entry, SafetensorsWriter
+    from megatron.hf.config import hf_config
+    from megatron.hf.rows import parameter_shapes, to_hf
+
+    model = ModelConfig(
+        model_name="llama2",
+        num_layers=options.num_layers,
+        hidden_size=options.hidden_size,
+        ffn_hidden_size=options.hidden_size * 11 // 4,
+        num_attention_heads=options.hidden_size // 64,
+        num_attention_heads_kv=options.hidden_size // 64,
+        kv_channels=64,
+        max_position_embeddings=2048,
+        use_rms_norm=True,
+        glu_activation="swiglu",
+        position_embedding_type="rotary",
+        tie_embed_logits=False,
+    )
+    folder.mkdir()
+    shapes = parameter_shapes(model, VOCABULARY)
+    entries = [Entry(to_hf(name), torch.bfloat16, shape) for name, shape in shapes.items()]
+    with SafetensorsWriter(folder / "model.safetensors", entries, {"format": "pt"}) as writer:
+        for entry in entries:
+            writer.write(torch.randn(entry.shape, dtype=torch.bfloat16))
+    config = hf_config(model, VOCABULARY, torch.bfloat16, {"bos_token_id": 1, "eos_token_id": 2})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def measured(*command: str) -> tuple[float, float]:
+    """(seconds until everything is on disk, largest resident set in GB) of a process."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    if status:
+        raise RuntimeError(f"{' '.join(command)} failed")
+    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
+
+
+def main(argv: list[str]) -> None:
+    """Make the model, run everything once, print the table."""
+    (options,) = parse_command(argv, BenchmarkOptions, prog="conversion.py", description=(__doc__ or "").splitlines()[0])
+    work = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        make_model(work / "hf", options)
+        util = (sys.executable, "tools/checkpoint_util.py", "--target_pipeline_parallel_size", "1")
+        steps = {
+            "copy (cp -r)": ("cp", "-r", work / "hf", work / "copy"),
+            "hf_to_megatron": (sys.executable, "tools/hf_to_megatron.py", "llama2", "--model-path", work / "hf")
+            + ("--out", work / "in"),
+            "shard to TP 4": (*util, "--target_tensor_parallel_size", "4", "--load_dir", work / "in")
+            + ("--save_dir", work / "sharded"),
+            "merge to TP 1": (*util, "--target_tensor_parallel_size", "1", "--load_dir", work / "sharded")
+            + ("--save_dir", work / "merged"),
+            "megatron_to_hf, no check": (sys.executable, "tools/megatron_to_hf.py", "--no_verify")
+            + ("--input_dir", work / "merged", "--output_dir", work / "out"),
+        }
+        size = (work / "hf" / "model.safetensors").stat().st_size
+        print(f"{size / 1e9:.2f} GB\n{'':26}{'s':>7}{'GB/s':>7}{'of copy':>9}{'peak GB':>9}")
+        copied = 0.0
+        for name, command in steps.items():
+            seconds, peak = measured(*map(str, command))
+            copied = copied or seconds
+            print(f"{name:26}{seconds:7.1f}{size / seconds / 1e9:7.2f}{copied / seconds:9.2f}{peak:9.2f}")
+    finally:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry(main, sys.argv[1:]))
