@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["config", "tokenizer", "data", "model", "hf", "parallel", "optim", "checkpoint", "training"]
+ROOMS = ["config", "tokenizer", "data", "model", "hf", "parallel", "optim", "checkpoint", "training", "verification"]
 """In reading order; a room imports only rooms before it."""
 NOT_IMPORTED = {
     "config": {"torch"},

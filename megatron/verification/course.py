@@ -1,0 +1,171 @@
+"""Training on the mesh, by the run's own trainer, with what each step does kept for comparison."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from torch import Tensor
+
+from megatron.checkpoint import Checkpoint
+from megatron.config import RunConfig
+from megatron.data import InstructionBatches, MicroBatch, RowOptions
+from megatron.data.instruction import InstructionDataset
+from megatron.optim.groups import build_optimizer
+from megatron.optim.loss_scale import build_loss_scale
+from megatron.optim.schedule import ParameterSchedule
+from megatron.parallel.build import build_model, local_tensor
+from megatron.parallel.engine import BatchLoss, Engine
+from megatron.parallel.mesh import Mesh
+from megatron.tokenizer import Tokenizer
+from megatron.training.batch_size import BatchSize
+from megatron.training.evaluate import Evaluator
+from megatron.training.launch import MICRO_BATCHES_A_STAGE
+from megatron.training.persistence import Saver, fill_model, resume
+from megatron.training.state import TrainingState
+from megatron.training.timers import Timers
+from megatron.training.trackers import Trackers
+from megatron.training.trainer import Trainer
+from megatron.verification.yardstick import RandomSamples
+
+
+@dataclass(frozen=True)
+class MeshStep:
+    """A step as this rank sees it: `PlainStep`, but gradients and weights are this rank's parts of them."""
+
+    loss: float
+    norm: float
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+class RecordingEngine(Engine):
+    """An engine that keeps a copy of the gradients, before they are clipped and after the loss scale is taken off."""
+
+    gradients: dict[str, Tensor]
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], consumed_samples: int, loss_scale: float = 1.0
+    ) -> BatchLoss:
+        loss = super().forward_backward(micro_batches, consumed_samples, loss_scale)
+        self.gradients = {
+            part.name: copied(local_tensor(part.parameter.grad)) / loss_scale
+            for part in self.model.parts
+            if part.parameter.grad is not None
+        }
+        return loss
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy on the CPU."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+class NoTokenizer:
+    """What a checkpoint asks a tokenizer, and nothing of it."""
+
+    fingerprint = ""
+
+    def save(self, folder: Path) -> None:
+        """Nothing to write."""
+
+
+class Course:
+    """A run on the mesh, from initial weights or from `checkpoint`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        vocab_size: int,
+        samples: RandomSamples,
+        mesh: Mesh,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.config, self.vocab_size, self.mesh = config, vocab_size, mesh
+        training, size = config.training, config.training.global_batch_size
+        assert size
+        self.model = build_model(config, vocab_size, mesh)
+        self.parts = self.model.parts
+        fill_model(self.model, config, checkpoint, vocab_size, mesh, _silent)
+        state = TrainingState(
+            self.model,
+            build_optimizer(self.model.chunks, config.optimizer),
+            ParameterSchedule(config.optimizer, config.schedule, training, size),
+            build_loss_scale(config.precision),
+        )
+        if checkpoint:
+            resume(state, checkpoint, config, vocab_size, _silent)
+        self.engine = RecordingEngine(self.model, mesh, seed=training.seed, per_token=training.calculate_per_token_loss)
+        trackers = Trackers([])
+        self.trainer = Trainer(
+            config=config,
+            mesh=mesh,
+            state=state,
+            engine=self.engine,
+            batches=_batches(config, samples, mesh),
+            evaluator=Evaluator(
+                engine=self.engine,
+                batches={},
+                eval_iters=0,
+                global_batch_size=size,
+                logging=config.logging,
+                trackers=trackers,
+                say=_silent,
+            ),
+            batch_size=BatchSize(size),
+            train_iters=training.train_iters or 0,
+            flops=lambda lengths: 0.0,
+            peak_flops=None,
+            stops=(),
+            save=lambda state: None,
+            say=_silent,
+            trackers=trackers,
+            timers=Timers(config.logging),
+        )
+
+    def micro_batches(self) -> list[MicroBatch]:
+        """This rank's, of the first step."""
+        return self.trainer.batches.batch(0, self.trainer.batch_size.full).micro_batches
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's parts of them."""
+        return {part.name: copied(part.local) for part in self.parts}
+
+    def step(self) -> MeshStep:
+        """The next step."""
+        report = self.trainer.step()
+        loss = report.loss.mean if report.loss else float("nan")
+        norm = float("nan") if report.grad_norm is None else report.grad_norm
+        return MeshStep(loss, norm, self.engine.gradients, self.weights())
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint, as a run does."""
+        config = replace(self.config, checkpoint=replace(self.config.checkpoint, save=str(folder)))
+        tokenizer = cast(Tokenizer, NoTokenizer())
+        Saver(config, self.mesh, tokenizer, self.vocab_size, _silent)(self.trainer.state)
+
+
+def _batches(config: RunConfig, samples: RandomSamples, mesh: Mesh) -> InstructionBatches:
+    data, training, stages = config.data, config.training, mesh.size("pp")
+    assert data.seq_length and data.packing and training.micro_batch_size
+    return InstructionBatches(
+        dataset=cast(InstructionDataset, samples),
+        indices=np.arange(len(samples)),
+        rows=RowOptions(
+            micro_batch_size=training.micro_batch_size,
+            seq_length=data.seq_length,
+            variable_seq_lengths=data.variable_seq_lengths,
+            scalar_loss_mask=data.scalar_loss_mask,
+            row_multiple=mesh.size("tp"),
+            least_micro_batches=MICRO_BATCHES_A_STAGE * stages if stages > 1 else 1,
+        ),
+        packing=data.packing,
+        data_parallel_rank=mesh.rank("dp"),
+        data_parallel_size=mesh.size("dp"),
+        seed=training.seed,
+    )
+
+
+def _silent(message: str) -> None:
+    """A run within a verification has nothing to say."""
