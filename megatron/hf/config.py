@@ -1,7 +1,7 @@
 """Hugging Face's config.json and our architecture: a table of keys for each `model_type`, read in both directions."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -133,42 +133,37 @@ def _write_gpt2(model: ModelConfig) -> dict[str, Any]:
     return {"activation_function": activation, "n_inner": model.ffn_hidden_size}
 
 
+LLAMA = ModelType(
+    architecture="LlamaForCausalLM",
+    keys=LLAMA_KEYS,
+    defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 2048},
+    required=LLAMA_REQUIRED,
+    fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    read=read_rotary,
+    write=write_rotary,
+)
+QWEN2 = replace(
+    LLAMA,
+    architecture="Qwen2ForCausalLM",
+    defaults=LLAMA_DEFAULTS,
+    required=GROUPED_REQUIRED,
+    fixed={"hidden_act": "silu", "use_sliding_window": False},
+)
 MODEL_TYPES = {
-    "llama": ModelType(
-        architecture="LlamaForCausalLM",
-        keys=LLAMA_KEYS,
-        defaults={**LLAMA_DEFAULTS, "max_position_embeddings": 2048},
-        required=LLAMA_REQUIRED,
-        fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-        read=read_rotary,
-        write=write_rotary,
-    ),
-    "mistral": ModelType(
+    "llama": LLAMA,
+    "mistral": replace(
+        QWEN2,
         architecture="MistralForCausalLM",
-        keys=LLAMA_KEYS,
-        defaults=LLAMA_DEFAULTS,
-        required=GROUPED_REQUIRED,
         fixed={"hidden_act": "silu"},
         read=_read_mistral,
         write=_write_mistral,
     ),
-    "qwen2": ModelType(
-        architecture="Qwen2ForCausalLM",
-        keys=LLAMA_KEYS,
-        defaults=LLAMA_DEFAULTS,
-        required=GROUPED_REQUIRED,
-        fixed={"hidden_act": "silu", "use_sliding_window": False},
-        read=read_rotary,
-        write=write_rotary,
-    ),
-    "qwen3": ModelType(
+    "qwen2": QWEN2,
+    "qwen3": replace(
+        QWEN2,
         architecture="Qwen3ForCausalLM",
-        keys=LLAMA_KEYS,
-        defaults=LLAMA_DEFAULTS,
         required=(*GROUPED_REQUIRED, "head_dim"),
-        fixed={"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
-        read=read_rotary,
-        write=write_rotary,
+        fixed={**QWEN2.fixed, "attention_bias": False},
     ),
     "falcon": ModelType(
         architecture="FalconForCausalLM",

@@ -1,6 +1,6 @@
 """Names of weights here and in Hugging Face's Llama, one row a module, read in both directions.
 
-Checkpoints of this toolkit use these names for every family, so that what reads Llama can read them. `{}` stands for the
+Checkpoints of this toolkit use these names for every family, so that what reads Llama reads them. `{}` stands for the
 layer's number. Families whose files look otherwise: `megatron.hf.forms`.
 """
 

@@ -9,8 +9,8 @@
 | `heads`  | on every rank, whose heads | norms of q and k; k and v  |
 |          | compute with all or some   | of fewer heads than ranks  |
 
-Under sequence parallelism a rank computes with its tokens only, so that its gradient of a `whole` parameter is a summand;
-of a `heads` parameter it always is.
+Under sequence parallelism a rank computes with its tokens only, so that its gradient of a `whole` parameter is one
+summand. That of a `heads` parameter always is.
 
 Parts are PyTorch's chunks: ceil(size / ranks) rows each, the last ones shorter. Only the vocabulary may be uneven.
 """

@@ -4,23 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_llamas import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-LLAMA = {
-    "vocab_size": 103,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+LLAMA = {**SIZES, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 FALCON = {name: LLAMA[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")} | {
     **{"initializer_range": 0.2, "bias": False, "parallel_attn": True, "alibi": False},
     **{"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64},

@@ -72,29 +72,35 @@ def measured(*command: str) -> tuple[float, float]:
     return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
 
 
+def commands(work: Path) -> dict[str, list[str]]:
+    """What is measured, in an order in which each finds what it reads."""
+    inner, cut, merged, outer = (f"{work}/{name}" for name in ("in", "sharded", "merged", "out"))
+    util = ["tools/checkpoint_util.py", "--target_pipeline_parallel_size=1"]
+    tools = {
+        "hf_to_megatron": ["tools/hf_to_megatron.py", "llama2", f"--model-path={work}/hf", f"--out={inner}"],
+        "shard to TP 4": [*util, "--target_tensor_parallel_size=4", f"--load_dir={inner}", f"--save_dir={cut}"],
+        "merge to TP 1": [*util, "--target_tensor_parallel_size=1", f"--load_dir={cut}", f"--save_dir={merged}"],
+        "megatron_to_hf, no check": [
+            *("tools/megatron_to_hf.py", "--no_verify", f"--input_dir={merged}", f"--output_dir={outer}"),
+        ],
+    }
+    copy = {"copy (cp -r)": ["cp", "-r", f"{work}/hf", f"{work}/copy"]}
+    return copy | {name: [sys.executable, *command] for name, command in tools.items()}
+
+
 def main(argv: list[str]) -> None:
     """Make the model, run everything once, print the table."""
-    (options,) = parse_command(argv, BenchmarkOptions, prog="conversion.py", description=(__doc__ or "").splitlines()[0])
+    description = (__doc__ or "").splitlines()[0]
+    (options,) = parse_command(argv, BenchmarkOptions, prog="conversion.py", description=description)
     work = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         make_model(work / "hf", options)
-        util = (sys.executable, "tools/checkpoint_util.py", "--target_pipeline_parallel_size", "1")
-        steps = {
-            "copy (cp -r)": ("cp", "-r", work / "hf", work / "copy"),
-            "hf_to_megatron": (sys.executable, "tools/hf_to_megatron.py", "llama2", "--model-path", work / "hf")
-            + ("--out", work / "in"),
-            "shard to TP 4": (*util, "--target_tensor_parallel_size", "4", "--load_dir", work / "in")
-            + ("--save_dir", work / "sharded"),
-            "merge to TP 1": (*util, "--target_tensor_parallel_size", "1", "--load_dir", work / "sharded")
-            + ("--save_dir", work / "merged"),
-            "megatron_to_hf, no check": (sys.executable, "tools/megatron_to_hf.py", "--no_verify")
-            + ("--input_dir", work / "merged", "--output_dir", work / "out"),
-        }
+        steps = commands(work)
         size = (work / "hf" / "model.safetensors").stat().st_size
         print(f"{size / 1e9:.2f} GB\n{'':26}{'s':>7}{'GB/s':>7}{'of copy':>9}{'peak GB':>9}")
         copied = 0.0
         for name, command in steps.items():
-            seconds, peak = measured(*map(str, command))
+            seconds, peak = measured(*command)
             copied = copied or seconds
             print(f"{name:26}{seconds:7.1f}{size / seconds / 1e9:7.2f}{copied / seconds:9.2f}{peak:9.2f}")
     finally:
