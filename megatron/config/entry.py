@@ -2,12 +2,15 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.config.errors import UsageError
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+FIRST_RANK_SECONDS = 10.0
+"""More than ranks that start together are apart."""
 
 
 def run_entry(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
@@ -20,7 +23,8 @@ def run_entry(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
     try:
         main(list(argv))
     except UsageError as error:
-        return _end(f"{program}: error: {error}" if _is_first_rank() else "", WRONG_USAGE)
+        _let_the_first_rank_speak()
+        return _end(f"{program}: error: {error}", WRONG_USAGE)
     except (ValueError, OSError) as error:
         return _end(f"{program}: failed: {error}", FAILED)
     except KeyboardInterrupt:
@@ -29,11 +33,14 @@ def run_entry(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
 
 
 def _end(message: str, code: int) -> int:
-    if message:
-        print(message, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     return code
 
 
-def _is_first_rank() -> bool:
-    """A wrong flag is wrong on every rank of a machine (a path may be wrong on one machine only); one rank says so."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+def _let_the_first_rank_speak() -> None:
+    """A wrong flag is wrong on every rank of a machine; the first one says so, and torchrun ends the others meanwhile.
+
+    Whoever ended before it would take the message with it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(FIRST_RANK_SECONDS)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from megatron.config import ModelConfig, ParallelConfig, UsageError
 from megatron.parallel.device import rank_device
 from megatron.parallel.plan import check_layout, virtual_stages
 
+DIMENSIONS = ("pp", "dp", "tp")
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -76,15 +78,20 @@ class Mesh:
 
     def size(self, dimension: str) -> int:
         """Number of ranks along "pp", "dp" or "tp"."""
-        return self.ranks[dimension].size()
+        return self._lines[dimension].size()
 
     def rank(self, dimension: str) -> int:
         """This rank's coordinate along "pp", "dp" or "tp"."""
-        return self.ranks[dimension].get_local_rank()
+        return self._lines[dimension].get_local_rank()
 
     def group(self, dimension: str) -> dist.ProcessGroup:
         """The ranks that differ from this one along `dimension` only."""
-        return self.ranks.get_group(dimension)
+        return self._lines[dimension].get_group()
+
+    @cached_property
+    def _lines(self) -> dict[str, DeviceMesh]:
+        """This rank's line along each dimension; kept, since making one takes a while."""
+        return {dimension: self.ranks[dimension] for dimension in DIMENSIONS}
 
     @property
     def is_main(self) -> bool:
@@ -125,7 +132,7 @@ def open_mesh(layout: Layout, backend: str) -> Iterator[Mesh]:
     if joins:
         _join("gloo" if device.type == "cpu" else backend)
     shape = (layout.pipeline, layout.data, layout.tensor)
-    yield Mesh(init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp")), device)
+    yield Mesh(init_device_mesh(device.type, shape, mesh_dim_names=DIMENSIONS), device)
     if joins:  # not after an error: leaving a group in which others wait would wait for them, and hide the error
         dist.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """From a configuration to a run: everything it is made of, built in one readable order."""
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -69,6 +70,11 @@ def run(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str] =
     Raises:
         UsageError: the options do not fit the number of processes, the data or the checkpoint.
     """
+    _launch(config, checkpoint, notes)
+    gc.collect()  # a process group of gloo that lives on to the end of the process may abort it there (torch 2.13)
+
+
+def _launch(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str]) -> None:
     layout = plan_layout(world_size_of(os.environ), config.parallel, config.model)
     sizes = batch_size(config.training, layout.data)
     tokenizer, splits = build_tokenizer(config.tokenizer), build_instruction_splits(config.data)
@@ -251,8 +257,13 @@ def _stages(setting: Setting) -> list[str]:
     stages, layers = setting.mesh.size("pp"), setting.config.model.num_layers
     assert layers
     chunks = virtual_stages(setting.config.parallel, layers)
-    held = [" and ".join(f"{c.start}-{c.stop - 1}" for c in chunks[stage::stages]) for stage in range(stages)]
-    return [f"pipeline: layers {', '.join(held)}"] if stages > 1 else []
+    held = [" and ".join(map(_numbers, chunks[stage::stages])) for stage in range(stages)]
+    return [f"pipeline stages: layers {'; '.join(held)}"] if stages > 1 else []
+
+
+def _numbers(layers: range) -> str:
+    """Of layers, for a reader."""
+    return f"{layers.start}-{layers.stop - 1}" if len(layers) > 1 else str(layers.start)
 
 
 def _long_samples(setting: Setting) -> list[str]:

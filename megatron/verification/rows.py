@@ -60,8 +60,8 @@ Each is about twice the worst that was measured on CPUs with 12 layers, by preci
     bf16   2e-3     6e-3     1e-1     2e-2     1 rank, 4 seeds
     fp16   3e-4     1e-3     2e-2     4e-3     the same
 
-The first step is ten times nearer in fp32; then weights drift apart, since Adam makes whole steps where a gradient is only
-rounding. Half precision shows that its kernels work and finds gross errors; fp32 finds all.
+The first step is ten times nearer in fp32; then weights drift apart, since Adam makes whole steps where a gradient is
+only rounding. Half precision shows that its kernels work and finds gross errors; fp32 finds all.
 """
 
 
