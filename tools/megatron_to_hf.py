@@ -21,6 +21,12 @@ class Options:
         "auto", "auto: the precision of the training run.", choices=("auto", "float32", "bfloat16", "float16")
     )
     num_output_shards: int | None = option(None, "Number of weight files; by default one for each 5 GB.")
+    vocab_extra_ids_list: str | None = option(
+        None, "Special tokens of the exported tokenizer, comma separated; those it does not have get the next ids."
+    )
+    override_special_tokens: tuple[str, ...] = option(
+        (), "NAME=TOKEN ...: the exported tokenizer's bos, eos, pad, cls, mask, sep or unk.", metavar="NAME=TOKEN"
+    )
     load_iters: int | None = option(None, "Iteration to export; by default the newest.")
     verify: bool = option(True, "Do not compare the export with the checkpoint.")
 
@@ -29,18 +35,19 @@ def main(argv: list[str]) -> None:
     """Open, export, compare, publish."""
     (options,) = parse_command(argv, Options, prog="megatron_to_hf.py", description=(__doc__ or "").splitlines()[0])
     from megatron.checkpoint import open_checkpoint
-    from megatron.checkpoint.export import DTYPES, TOLERANCE, export, logits_difference, publish
+    from megatron.checkpoint.export import DTYPES, TOLERANCE, TokenChanges, export, logits_difference, publish
     from megatron.checkpoint.report import Progress
 
     source, output = Path(options.input_dir), Path(options.output_dir)
     if output.resolve() == source.resolve():
         raise UsageError("--output_dir is --input_dir; give another folder")
+    changes = TokenChanges.from_words(options.vocab_extra_ids_list, options.override_special_tokens)
     checkpoint = open_checkpoint(source, options.load_iters, reads_all=True)
     for warning in checkpoint.warnings:
         print(f"warning: {warning}")
     with Progress(checkpoint.weights, DTYPES.get(options.dtype)) as progress:
         dtype = DTYPES.get(options.dtype)
-        folder = export(checkpoint, output, dtype, options.num_output_shards, progress.advance)
+        folder = export(checkpoint, output, dtype, options.num_output_shards, progress.advance, changes)
     if options.verify:
         difference = logits_difference(checkpoint, folder)
         print(f"largest difference of logits to transformers: {difference:.1e}")

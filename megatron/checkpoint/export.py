@@ -2,14 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken, Tokenizer
 
 from megatron.checkpoint.formed import formed, formed_shape
-from megatron.checkpoint.load import HF_CONFIG, Checkpoint
+from megatron.checkpoint.load import HF_CONFIG, Checkpoint, open_checkpoint, read_json
 from megatron.checkpoint.safetensors_file import Entry, SafetensorsWriter
+from megatron.checkpoint.store import read_ahead
 from megatron.config import UsageError
 from megatron.hf.config import EXPORTED, hf_config
 from megatron.hf.forms import targets
@@ -20,6 +24,48 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-3
 """Largest difference of logits, computed in fp32 on both sides, that is rounding."""
+SPECIAL = ("bos", "eos", "pad", "cls", "mask", "sep", "unk")
+"""What a tokenizer of `transformers` calls its special tokens, each `NAME_token`."""
+IDS_IN_CONFIG = ("bos", "eos", "pad")
+"""Those of which config.json and generation_config.json have the id, `NAME_token_id`."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files of which a tokenizer has at least one."""
+
+
+@dataclass(frozen=True)
+class TokenChanges:
+    """What the export changes of the tokenizer.
+
+    Attributes:
+        added: tokens that are special; those the tokenizer does not have get the next ids.
+        named: name in `SPECIAL` -> the token it is.
+    """
+
+    added: tuple[str, ...] = ()
+    named: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_words(cls, added: str | None, named: Iterable[str]) -> "TokenChanges":
+        """From the values of `--vocab_extra_ids_list` and `--override_special_tokens`.
+
+        Raises:
+            UsageError: a token is empty, a word is not NAME=TOKEN, or the name is unknown.
+        """
+        tokens = tuple(added.split(",")) if added else ()
+        if "" in tokens:
+            raise UsageError(f"--vocab_extra_ids_list {added} has an empty token")
+        pairs = {}
+        for word in named:
+            name, _, token = word.partition("=")
+            if name not in SPECIAL or not token:
+                raise UsageError(
+                    f"--override_special_tokens {word} is not NAME=TOKEN with a name of {', '.join(SPECIAL)}"
+                )
+            pairs[name] = token
+        return cls(tokens, pairs)
+
+
+UNCHANGED = TokenChanges()
 
 
 def export(
@@ -28,6 +74,7 @@ def export(
     dtype: torch.dtype | None = None,
     shards: int | None = None,
     progress: Callable[[int], object] = lambda size: None,
+    changes: TokenChanges = UNCHANGED,
 ) -> Path:
     """Write a Hugging Face folder beside `output` and return it; `publish` gives it its name.
 
@@ -37,10 +84,11 @@ def export(
         dtype: of the weights; by default that of the training run, else as stored.
         shards: number of weight files; by default one for each 5 GB.
         progress: is told the bytes written.
+        changes: of the tokenizer.
 
     Raises:
         UsageError: `output` is not to be replaced: it holds `checkpoint`, or something else than an earlier export; or
-            `shards` is not positive.
+            `shards` is not positive; or `changes` do not fit the tokenizer and the vocabulary.
         ValueError: the tokenizer has no equal in `transformers`.
     """
     if shards is not None and shards < 1:
@@ -54,6 +102,8 @@ def export(
         kind = dtype or _trained_dtype(checkpoint)
         tokens = _write_tokenizer(checkpoint, folder)
         _write_json(folder / HF_CONFIG, hf_config(checkpoint.model, checkpoint.vocab_size, kind, tokens))
+        if changes != UNCHANGED:
+            _change_tokens(folder, changes, checkpoint.vocab_size)
         _write_weights(checkpoint, folder, kind, shards, progress)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -78,6 +128,26 @@ def _check_replaceable(output: Path, source: Path) -> None:
         raise UsageError(f"--output_dir {output} holds the checkpoint that is read; give another folder")
     if output.exists() and not (output.is_dir() and ((output / HF_CONFIG).is_file() or not any(output.iterdir()))):
         raise UsageError(f"--output_dir {output} exists and is no earlier export; give another folder or remove it")
+
+
+def check_whole(folder: Path) -> None:
+    """See that a Hugging Face folder has all that `transformers` needs: description, weights, tokenizer.
+
+    Raises:
+        ValueError: something is missing, damaged, or does not fit the rest.
+    """
+    from transformers import AutoTokenizer
+
+    checkpoint = open_checkpoint(folder)
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise ValueError(f"{folder} has no tokenizer: none of {', '.join(TOKENIZERS)}")
+    try:
+        tokens = len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # each kind of tokenizer has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder}: transformers cannot load the tokenizer: {reason}") from error
+    if tokens > checkpoint.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokens} tokens, the model only {checkpoint.vocab_size} rows")
 
 
 def logits_difference(checkpoint: Checkpoint, folder: Path, tokens: int = 32) -> float:
@@ -113,6 +183,42 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, int | No
     return tokens
 
 
+def _change_tokens(folder: Path, changes: TokenChanges, vocab_size: int) -> None:
+    """Change the tokenizer that is written in `folder`, and the files that name its tokens.
+
+    Raises:
+        UsageError: there is no tokenizer.json, a token is not in it, or a new one is beyond the vocabulary.
+    """
+    path = folder / TOKENIZERS[0]
+    if not path.is_file():
+        raise UsageError(f"this export has no {path.name}; leave out --vocab_extra_ids_list, --override_special_tokens")
+    tokenizer = Tokenizer.from_file(str(path))
+    if changes.added:
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in changes.added])
+        tokenizer.save(str(path))
+    ids = {token: tokenizer.token_to_id(token) for token in (*changes.added, *changes.named.values())}
+    for token, token_id in ids.items():
+        if token_id is None:
+            raise UsageError(f"--override_special_tokens: the tokenizer has no {token}; see --vocab_extra_ids_list")
+        if token_id >= vocab_size:
+            raise UsageError(
+                f"--vocab_extra_ids_list: {token} would be id {token_id}, but the model has {vocab_size} rows; "
+                "more come by checkpoint_util.py --true_vocab_size, and by training with new tokens"
+            )
+    names: dict[str, object] = {f"{name}_token": token for name, token in changes.named.items()}
+    in_config: dict[str, object] = {
+        f"{name}_token_id": ids[token] for name, token in changes.named.items() if name in IDS_IN_CONFIG
+    }
+    for file, values in {
+        "tokenizer_config.json": names,
+        "special_tokens_map.json": names,
+        HF_CONFIG: in_config,
+        "generation_config.json": in_config,
+    }.items():
+        present = read_json(folder / file) if (folder / file).is_file() else {}
+        _write_json(folder / file, {**present, **values})
+
+
 def _trained_dtype(checkpoint: Checkpoint) -> torch.dtype:
     precision = checkpoint.run["config"].get("precision", {})
     if precision.get("bf16"):
@@ -133,8 +239,9 @@ def _write_weights(
     for number, names in enumerate(files, 1):
         file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         with SafetensorsWriter(folder / file, [entries[name] for name in names], {"format": "pt"}) as writer:
-            for name in names:
-                writer.write(formed(weights, parts[name]).to(dtype))
+            reads = [partial(formed, weights, parts[name]) for name in names]
+            for name, tensor in zip(names, read_ahead(reads), strict=True):
+                writer.write(tensor.to(dtype))
                 index[name] = file
                 progress(entries[name].size)
     if count > 1:
@@ -153,14 +260,18 @@ def _in_order(names: list[str]) -> list[str]:
 
 
 def _divide(entries: dict[str, Entry], total: int, count: int) -> list[list[str]]:
-    """Names in files of about equal size, in order."""
+    """Names in `count` files of about equal size, in order; fewer only if there are fewer names."""
+    count = min(count, len(entries))
     files: list[list[str]] = [[] for _ in range(count)]
-    written = 0
-    for name, entry in entries.items():
-        files[min(written * count // max(total, 1), count - 1)].append(name)
+    number = written = 0
+    for place, (name, entry) in enumerate(entries.items()):
+        following = number + 1 if files[number] else number
+        least = count - (len(entries) - place)  # so that the rest is enough for the rest of the files
+        number = max(min(written * count // max(total, 1), following, count - 1), least)
+        files[number].append(name)
         written += entry.size
-    return [names for names in files if names]
+    return files
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,7 @@ class SafetensorsWriter:
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
         self.size = 0
         self._crc = 0
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="checksum")
         self._entries = iter(entries)
         self._file = path.open("wb")
         header = _header(entries, metadata)
@@ -72,6 +74,7 @@ class SafetensorsWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
+        self._helper.shutdown()
 
     @property
     def checksum(self) -> str:
@@ -85,8 +88,9 @@ class SafetensorsWriter:
         self._write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def _write(self, data: bytes | memoryview) -> None:
+        crc = self._helper.submit(zlib.crc32, data, self._crc)  # both leave the other threads running
         self._file.write(data)
-        self._crc = zlib.crc32(data, self._crc)
+        self._crc = crc.result()
         self.size += len(data)
 
 

@@ -1,7 +1,8 @@
 """Tensors on disk, read slice by slice, however they are cut into files."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,10 +75,22 @@ def write_slices(path: Path, slices: Iterable[Slice], progress: Callable[[int], 
         SHAPES: json.dumps({s.name: list(s.shape) for s in slices}),
     }
     with SafetensorsWriter(path, [s.entry for s in slices], metadata) as writer:
-        for part in slices:
-            writer.write(part.read())
+        for part, tensor in zip(slices, read_ahead([s.read for s in slices]), strict=True):
+            writer.write(tensor)
             progress(part.entry.size)
     return Written(writer.size, writer.checksum)
+
+
+def read_ahead(reads: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """What `reads` give, in order; each is read while the caller works with the one before."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
+        upcoming: Future[Tensor] | None = None
+        for read in reads:
+            previous, upcoming = upcoming, thread.submit(read)
+            if previous:
+                yield previous.result()
+        if upcoming:
+            yield upcoming.result()
 
 
 @dataclass(frozen=True)
