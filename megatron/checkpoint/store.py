@@ -141,7 +141,8 @@ class SlicedStore:
         """
         wanted = ranges or tuple(slice(0, size) for size in self.shape(name))
         first, *others = self.pieces[name]
-        if not others and first.shape == self.shape(name) and not any(first.offsets):
+        is_inside = all(r.stop <= size for r, size in zip(wanted, first.shape, strict=True))
+        if not others and first.shape == self.shape(name) and is_inside:
             return first.file.read(first.key, wanted)
         result = torch.empty([r.stop - r.start for r in wanted], dtype=self.dtypes[name])
         outstanding = result.numel()
