@@ -15,7 +15,8 @@ def main(argv: list[str]) -> None:
     from megatron.checkpoint import open_checkpoint  # after the flags: --help needs no torch
     from megatron.training import run
 
-    checkpoint = open_checkpoint(Path(typed["load"]), typed.get("load_iters")) if typed.get("load") else None
+    load, family = typed.get("load"), typed.get("model_name")
+    checkpoint = open_checkpoint(Path(load), typed.get("load_iters"), family=family) if load else None
     config = resolve_run(typed, checkpoint.stored_options() if checkpoint else None)
     run(config, checkpoint, notes)
 

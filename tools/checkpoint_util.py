@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     load, save = Path(options.load_dir), Path(options.save_dir)
     if load.resolve() == save.resolve():
         raise UsageError("--save_dir is --load_dir; give another folder, so that nothing is overwritten")
-    checkpoint = open_checkpoint(load, options.load_iters, reads_all=True)
+    checkpoint = open_checkpoint(load, options.load_iters, reads_all=True, family=options.model_type)
     for warning in checkpoint.warnings:
         print(f"warning: {warning}")
     if not checkpoint.is_hugging_face and options.model_type not in (None, checkpoint.model.model_name):

@@ -1,6 +1,7 @@
-"""Bring a Hugging Face model in: `python tools/hf_to_megatron.py llama2 --model-path DIR_OR_HUB_NAME --out DIR`.
+"""Bring a model in: `python tools/hf_to_megatron.py llama2 --model-path DIR_OR_HUB_NAME --out DIR`.
 
-Training can load a Hugging Face folder as it is; this makes a checkpoint of it, as old scripts expect.
+The folder is Hugging Face's, Meta's (consolidated.NN.pth) or Megatron-LLM's (mp_rank_TT). Training can load each as it
+is; this makes a checkpoint of it, as old scripts expect.
 """
 
 import shutil
@@ -13,10 +14,13 @@ from megatron.config import FAMILIES, UsageError, option, parse_command, run_ent
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Conversion from Hugging Face."""
+    """Conversion from Hugging Face, Meta or Megatron-LLM."""
 
     family: str = option(help="Model family.", choices=tuple(FAMILIES), positional=True)
-    model_path: str = option(help="Folder of a Hugging Face model, or its name on the hub.", metavar="DIR_OR_HUB_NAME")
+    model_path: str = option(
+        help="Folder of a Hugging Face model, of Meta's weights or of a Megatron-LLM checkpoint; or a name on the hub.",
+        metavar="DIR_OR_HUB_NAME",
+    )
     out: str = option(help="Folder to write the checkpoint to.", metavar="DIR")
     size: int | None = option(None, "Billions of parameters the model should have; an error if it does not.")
     cache_dir: str | None = option(None, "Where models from the hub are kept.", metavar="DIR")
@@ -33,7 +37,9 @@ def main(argv: list[str]) -> None:
     source = model_folder(options.model_path, options.cache_dir)
     if source.resolve() == Path(options.out).resolve():
         raise UsageError("--out is --model-path; give another folder, so that the model stays as it is")
-    checkpoint, out = open_checkpoint(source), Path(options.out)
+    checkpoint, out = open_checkpoint(source, family=options.family), Path(options.out)
+    for warning in checkpoint.warnings:
+        print(f"warning: {warning}")
     with Progress(checkpoint.weights) as progress:
         if options.size is not None and not progress.parameters_agree_with(options.size):
             raise UsageError(

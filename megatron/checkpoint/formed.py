@@ -1,6 +1,6 @@
 """Weights in the form that a family has in Hugging Face's files: read from it row by row, and put together again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,11 +44,18 @@ class FormedStore:
         """Our tensor or a part of it; only the rows asked for are read."""
         source = self._source(name)
         rows, *rest = ranges or tuple(slice(0, size) for size in self.shape(name))
-        taken = [rows] if source.rows is None else list(_runs(source.rows[rows]))
-        order = -1 if source.transposed else 1
-        parts = [self.store.read(source.name, (run, *rest)[::order]) for run in taken]
-        ours = [part.t() if source.transposed else part for part in parts]
-        return ours[0] if len(ours) == 1 else torch.cat(ours)
+        if source.rows is None:
+            return self._read(source, rows, rest)
+        wanted = source.rows[rows]
+        order = np.argsort(wanted)  # few reads of many rows, whatever order ours have
+        found = torch.cat([self._read(source, run, rest) for run in _runs(wanted[order])])
+        return found if (np.diff(order) == 1).all() else found[torch.as_tensor(np.argsort(order))]
+
+    def _read(self, source: Source, rows: slice, rest: Sequence[slice]) -> Tensor:
+        """Rows of ours in the order in which they lie there."""
+        if source.transposed:
+            return self.store.read(source.name, (*rest, rows)).t()
+        return self.store.read(source.name, (rows, *rest))
 
     def _source(self, name: str) -> Source:
         if name not in self.sources:

@@ -1,4 +1,4 @@
-"""Opening weights of any kind: a checkpoint of any layout, one of its folders, or a Hugging Face model folder."""
+"""Opening weights of any kind: a checkpoint of any layout, one of its folders, or a folder of another toolkit's."""
 
 import json
 from dataclasses import dataclass, fields
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.folder import RELEASE, RUN, TRACKER, damage, iteration_folders, newest_whole
+from megatron.checkpoint.foreign import Foreign, is_meta, open_meta, open_reference, reference_folder
 from megatron.checkpoint.formed import FormedStore, formed_shape
 from megatron.checkpoint.save import state_name
 from megatron.checkpoint.store import SlicedStore, TensorStore, open_files
@@ -16,6 +17,7 @@ from megatron.config import ModelConfig
 from megatron.hf.config import model_fields, model_type
 from megatron.hf.config import vocabulary_size as vocabulary_of
 from megatron.hf.forms import FORMS, sources, targets, usual_name
+from megatron.hf.meta import PARAMS
 from megatron.hf.rows import check_complete, from_hf, parameter_shapes
 from megatron.hf.tokenizer import FILES
 from megatron.tokenizer.sentencepiece import SPECIAL_TOKENS_FILE
@@ -81,19 +83,25 @@ class Checkpoint:
         return {**config["model"], **parallel, **length}
 
 
-def open_checkpoint(load: Path, iteration: int | None = None, *, reads_all: bool = False) -> Checkpoint:
+def open_checkpoint(
+    load: Path, iteration: int | None = None, *, reads_all: bool = False, family: str | None = None
+) -> Checkpoint:
     """The weights that `load` names.
 
     Args:
-        load: a folder with a tracker, an iteration's own folder, or a Hugging Face model folder.
+        load: a folder with a tracker, an iteration's own folder, or a Hugging Face, Meta or Megatron-LLM folder.
         iteration: which one of a folder with a tracker; by default the newest.
         reads_all: compare the checksums of all files, not only sizes and the small ones: takes as long as reading them.
+        family: of a Meta or Megatron-LLM folder that does not say it; by default found from rotary base and epsilon.
 
     Raises:
         ValueError: there are none, or they are damaged; with the file and what is wrong.
     """
     if not load.is_dir():
         raise ValueError(f"--load {load}: no such folder")
+    reference = reference_folder(load, iteration)
+    if reference:
+        return _foreign(open_reference(reference, family))
     if (load / TRACKER).is_file():
         return _open(*newest_whole(load, iteration, reads_all=reads_all))
     if (load / RUN).is_file():
@@ -103,6 +111,8 @@ def open_checkpoint(load: Path, iteration: int | None = None, *, reads_all: bool
         checkpoint = _open(load, [])
     elif (load / HF_CONFIG).is_file():
         checkpoint = _open_hf(load)
+    elif is_meta(load):
+        checkpoint = _foreign(open_meta(load, read_json(load / PARAMS), family))
     else:
         folders = iteration_folders(load)
         hint = f"; to load {folders[-1].name} in it, name that folder" if folders else ""
@@ -133,6 +143,13 @@ def _open(folder: Path, warnings: list[str]) -> Checkpoint:
         if store:
             store.check_whole()
     return checkpoint
+
+
+def _foreign(opened: Foreign) -> Checkpoint:
+    run = {"config": opened.config}
+    return Checkpoint(
+        opened.folder, 0, run, opened.weights, tokenizer_folder=opened.tokenizer_folder, warnings=opened.notes
+    )
 
 
 def _open_hf(folder: Path) -> Checkpoint:
