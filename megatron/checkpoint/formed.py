@@ -47,6 +47,8 @@ class FormedStore:
         if source.rows is None:
             return self._read(source, rows, rest)
         wanted = source.rows[rows]
+        if not len(wanted):  # of few rows some data-parallel ranks have none
+            return torch.empty(0, *(r.stop - r.start for r in rest), dtype=self.dtype(name))
         order = np.argsort(wanted)  # few reads of many rows, whatever order ours have
         found = torch.cat([self._read(source, run, rest) for run in _runs(wanted[order])])
         return found if (np.diff(order) == 1).all() else found[torch.as_tensor(np.argsort(order))]

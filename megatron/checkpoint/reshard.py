@@ -1,7 +1,7 @@
 """Checkpoints for another layout, offline: one file for each model-parallel rank, written tensor by tensor."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def reshard(
     if vocab_size is not None and vocab_size < 1:
         raise UsageError(f"--true_vocab_size {vocab_size} is not positive")
     run = _description(checkpoint, layout, model_name)
-    model = ModelConfig(**run["config"]["model"])
+    model = replace(checkpoint.model, model_name=run["config"]["model"]["model_name"])
     check_layout(model, layout.tensor, layout.pipeline, FLAGS)
     run["vocab_size"] = rows = vocab_size or checkpoint.vocab_size
     files = _files("model", with_vocabulary(checkpoint.weights, rows), model, layout, dtype)

@@ -28,7 +28,9 @@ class ParallelConfig:
     sequence_parallel: bool = option(
         False, "Divide the tokens, too, over tensor-parallel ranks between the products; no effect with one rank."
     )
-    distributed_backend: str = option("nccl", "On GPUs; without them it is gloo.", choices=("nccl", "gloo"))
+    distributed_backend: str = option(
+        "nccl", "nccl on GPUs; on CPUs it is gloo, which only works there.", choices=("nccl", "gloo")
+    )
     use_distributed_optimizer: bool = option(
         False, "No effect: optimizer state and master weights are always divided over data-parallel ranks."
     )

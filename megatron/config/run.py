@@ -48,6 +48,10 @@ class RunConfig:
                 "--no_calculate_per_token_loss takes a mean over rows of one sample each, which --packing padding_free "
                 "does not have; leave one of them out"
             )
+        if self.model.use_post_ln and self.precision.fp32_residual_connection:
+            raise UsageError(
+                "--use_post_ln and --fp32_residual_connection exclude each other: the residual is the norm's output"
+            )
         self._check_units()
         self._check_length()
 

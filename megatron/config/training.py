@@ -28,8 +28,8 @@ class TrainingConfig:
     exit_interval: int | None = option(None, "Save and exit at every multiple of this iteration.", within="[1, inf)")
     exit_duration_in_mins: int | None = option(None, "Save and exit after this many minutes.", within="[1, inf)")
     exit_signal_handler: bool = option(False, "On SIGTERM, save and exit.")
-    seed: int = option(1234, "Seed of initial weights, data order and dropout.", within="[0, inf)")
-    data_parallel_random_init: bool = option(False, "Initial weights differ between data-parallel ranks.")
+    seed: int = option(1234, "Seed of initial weights, data order and dropout.", within="[0, 4294967295]")
+    data_parallel_random_init: bool = option(False, "No effect: data-parallel ranks hold parts of one model.")
     eval_only: bool = option(False, "Evaluate and do not train.")
     eval_iters: int = option(100, "Most global batches of one evaluation.", within="[0, inf)")
     eval_interval: int = option(1000, "Iterations between evaluations on the validation data.", within="[1, inf)")
@@ -105,5 +105,7 @@ class RecomputeConfig:
                     "--recompute_activations means --recompute_granularity selective, but full is given; give one"
                 )
             object.__setattr__(self, "recompute_granularity", "selective")
-        if self.recompute_method and self.recompute_granularity != "full":
-            raise UsageError("--recompute_method needs --recompute_granularity full")
+        given = {"recompute_method": self.recompute_method, "recompute_num_layers": self.recompute_num_layers != 1}
+        for name, is_given in given.items():
+            if is_given and self.recompute_granularity != "full":
+                raise UsageError(f"--{name} needs --recompute_granularity full")

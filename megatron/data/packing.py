@@ -22,7 +22,8 @@ def deal_by_tokens(lengths: Array, options: RowOptions, data_parallel_size: int)
     sizes = options.input_tokens(lengths)
     shares = _balanced(np.arange(len(sizes)), sizes, data_parallel_size)
     capacity = options.micro_batch_size * options.seq_length
-    count = max(1, min(options.least_micro_batches, *map(len, shares)))
+    needed = max(-(-int(sizes[share].sum()) // capacity) for share in shares)
+    count = max(1, needed, min(options.least_micro_batches, *map(len, shares)))
     while True:
         dealt = [_balanced(share, sizes, count) for share in shares]
         if all(sizes[row].sum() <= capacity for rows in dealt for row in rows):

@@ -4,6 +4,7 @@ t tokens of the micro batch   h hidden   n heads   g key/value heads   d head si
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -78,8 +79,8 @@ class Attention(nn.Module):
         q, k, v = (head.unflatten(-1, (-1, self.d)) for head in heads)  # [t, n, d], [t, g, d], [t, g, d]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        with self.spread.head_randomness():
-            dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
+        with self.spread.head_randomness() if dropout else nullcontext():
             out = self.kernel.attend(rotate(q, rotary), rotate(k, rotary), v, documents, dropout, self.window)
         return biased(self.spread.row(out.flatten(-2), self.o.weight), self.o.bias)
 

@@ -15,7 +15,7 @@ def rotary_tables(positions: Tensor, config: ModelConfig) -> Rotary | None:
     """Cosines and sines for `positions` [t], in fp32; None for a model that does not rotate."""
     if config.position_embedding_type != "rotary":
         return None
-    angles = positions.float()[:, None] * _frequencies(config).to(positions.device)
+    angles = positions.float()[:, None] * _frequencies(config, positions.device)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -29,7 +29,7 @@ def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
     return x * cosines + torch.cat([-second, first], dim=-1) * sines
 
 
-def _frequencies(config: ModelConfig) -> Tensor:
+def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Turns a token of each pair of channels, [d / 2], stretched as the model asks.
 
     linear: all positions by the same factor (Chen et al. 2023, arXiv:2306.15595); 2 means twice the context.
@@ -37,7 +37,7 @@ def _frequencies(config: ModelConfig) -> Tensor:
     `rope_high_freq_factor`, stay, and between them it goes over smoothly (Llama 3.1).
     """
     assert config.kv_channels
-    exponents = torch.arange(0, config.kv_channels, 2, dtype=torch.float32) / config.kv_channels
+    exponents = torch.arange(0, config.kv_channels, 2, dtype=torch.float32, device=device) / config.kv_channels
     frequencies = 1.0 / config.rope_theta**exponents
     factor = config.rope_scaling_factor
     if config.rope_scaling_type == "linear":

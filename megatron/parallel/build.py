@@ -159,11 +159,13 @@ def _shard_over_data(module: Model, dtype: torch.dtype, mesh: Mesh, full_shardin
     """FSDP2 over the data-parallel ranks: fp32 is stored, accumulated and reduced, `dtype` is gathered and computed.
 
     Gradients are summed, not averaged: the loss is divided by the global batch's weight beforehand. Without full
-    sharding a step gathers the weights once and reduces the gradients once, whatever the number of micro batches.
+    sharding a step gathers the weights once and reduces the gradients once, whatever the number of micro batches. What
+    is outside the layers is needed again at once where forward and backward pass follow each other.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in [*module.layers.values(), module]:
-        sharded = fully_shard(part, mesh=mesh.ranks["dp"], mp_policy=policy, reshard_after_forward=full_sharding)
+        frees = full_sharding and (part is not module or mesh.size("pp") > 1)
+        sharded = fully_shard(part, mesh=mesh.ranks["dp"], mp_policy=policy, reshard_after_forward=frees)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 

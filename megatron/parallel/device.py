@@ -1,8 +1,11 @@
 """Everything that differs between a CPU and a GPU."""
 
 import re
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 PEAK_TFLOPS = {
     "B200": 2250,
@@ -27,7 +30,7 @@ PEAK_TFLOPS = {
     "RTX 4090": 165,
     "RTX 3090": 71,
     "MI300X": 1307,
-    "MI250X": 383,
+    "MI250X": 191.5,
 }
 """Words in a GPU's name -> dense bf16 or fp16 teraflops with fp32 accumulation, by the makers' data sheets."""
 
@@ -46,6 +49,12 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
+
+
+def to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """The array on the device; on a GPU the host goes on while it is copied."""
+    tensor = torch.as_tensor(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def synchronize(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.data import MicroBatch
 from megatron.parallel.build import ParallelModel, local_tensor, sharded_modules
+from megatron.parallel.device import to_device
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.pipeline import Mail, run_pipeline
 from megatron.parallel.schedule import Action, Pipeline
@@ -153,15 +154,15 @@ class _StagePasses:
         if hidden is not None:
             hidden.requires_grad_(self.loss_scale is not None)
         rows = self.micro_batches[action.micro_batch]
-        tokens, positions, bounds, labels, weights = (
-            torch.as_tensor(array).to(self.device, non_blocking=True)
-            for array in (rows.tokens, rows.positions, rows.cu_seqlens, rows.labels, rows.weights)
+        is_last = self.pipeline.consumer(action) is None
+        tokens, positions, bounds = (
+            to_device(array, self.device) for array in (rows.tokens, rows.positions, rows.cu_seqlens)
         )
+        labels = to_device(rows.labels, self.device) if is_last else None
         chunk = self.model.chunks[self.pipeline.chunk(action)]
         result = chunk(tokens, positions, bounds, rows.max_seqlen, labels, hidden)
-        is_last = self.pipeline.consumer(action) is None
         if is_last:
-            loss = (result * weights).sum() / self.divisors[action.micro_batch]
+            loss = (result * to_device(rows.weights, self.device)).sum() / self.divisors[action.micro_batch]
             self.loss += loss.detach()
             result = loss * (self.loss_scale or 1.0)
         if self.loss_scale is not None:

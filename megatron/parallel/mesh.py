@@ -126,8 +126,13 @@ def open_mesh(layout: Layout, backend: str) -> Iterator[Mesh]:
     """The grid of ranks, in the process group that is there, or in one made for it and left afterwards.
 
     Without a launcher the group is a world of one. `backend` "nccl" becomes "gloo" where there is no GPU.
+
+    Raises:
+        UsageError: gloo is asked for on GPUs.
     """
     device = rank_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda" and backend == "gloo":
+        raise UsageError("--distributed_backend gloo exchanges no messages between GPUs; leave the flag out")
     joins = not dist.is_initialized()
     if joins:
         _join("gloo" if device.type == "cpu" else backend)

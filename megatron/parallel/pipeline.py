@@ -1,8 +1,9 @@
 """Runs the pipeline's schedule: this stage's passes, slot by slot, and what it exchanges with other stages in between.
 
-At the end of a slot each stage posts one exchange: the result it made, and room for the results made for it in the same
-slot. All stages know all slots, so every send meets its receive in the exchange of the same slot: messages cannot
-overtake or wait for each other in a circle, whatever the number of micro batches and however long their rows.
+A slot is a moment at which passes end. Then each stage posts one exchange: the result it made, and room for the results
+made for it in the same slot. All stages know all slots, so every send meets its receive in the exchange of the same
+slot: messages cannot overtake or wait for each other in a circle, whatever the number of micro batches and however long
+their rows.
 """
 
 from collections import deque

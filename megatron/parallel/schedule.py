@@ -31,7 +31,9 @@ class Action(NamedTuple):
 
 
 Slot = Sequence[Action | None]
-"""What each stage computes at the same time; None: nothing."""
+"""What each stage has done at the same moment; None: nothing."""
+BACKWARD_COST = 2
+"""Forward passes that a backward pass takes as long as, to order the slots; 3 with full recomputation."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,13 @@ class Pipeline:
 
 @lru_cache(maxsize=64)
 def slots(pipeline: Pipeline, micro_batches: int, with_backward: bool = True) -> Sequence[Slot]:
-    """The schedule slot by slot; what a slot computes is used in later ones only."""
-    starts = pipeline.starts(micro_batches, with_backward)
-    table: list[list[Action | None]] = [[None] * pipeline.stages for _ in range(max(starts.values(), default=-1) + 1)]
-    for action, start in starts.items():
-        table[start][pipeline.stage(action)] = action
-    return table
+    """The schedule slot by slot, in the order in which passes end; what a slot has is used in later ones only."""
+    starts = pipeline.starts(micro_batches, with_backward, BACKWARD_COST)
+    ends = {action: start + (1 if action.is_forward else BACKWARD_COST) for action, start in starts.items()}
+    table: dict[int, list[Action | None]] = {end: [None] * pipeline.stages for end in sorted(set(ends.values()))}
+    for action, end in ends.items():
+        table[end][pipeline.stage(action)] = action
+    return list(table.values())
 
 
 def idle_share(pipeline: Pipeline, starts: Mapping[Action, int], backward_cost: int = 1) -> float:

@@ -160,7 +160,7 @@ class VocabularyCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         probabilities, columns, mine = ctx.saved_tensors
-        logits_gradient = probabilities.clone()
+        logits_gradient = probabilities  # in place: a graph is used once, and logits are the largest activation
         logits_gradient.scatter_add_(1, columns[:, None], -mine[:, None].float())
         return logits_gradient.mul_(gradient[:, None]).to(ctx.dtype), None, None, None
 

@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 
 from megatron.checkpoint import Checkpoint, changed_files
-from megatron.config import RunConfig, TrainingConfig
+from megatron.config import RunConfig, TrainingConfig, UsageError
 from megatron.data import DataSplit, DataSplits, InstructionBatches, RowOptions, build_instruction_splits
 from megatron.data.instruction import tokenizer_file
 from megatron.model import training_flops
@@ -229,7 +229,10 @@ def _train_iters(training: TrainingConfig, progress: Progress, sizes: BatchSize)
     if training.train_iters:
         return training.train_iters
     assert training.train_samples
-    return progress.iteration + sizes.iterations(progress.consumed_samples, training.train_samples)
+    remaining = sizes.iterations(progress.consumed_samples, training.train_samples)
+    if not progress.iteration and not remaining:
+        raise UsageError(f"--train_samples {training.train_samples} is less than the first batch, {sizes.at(0)}")
+    return progress.iteration + remaining
 
 
 def _description(setting: Setting, model: ParallelModel) -> str:

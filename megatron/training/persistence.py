@@ -72,8 +72,7 @@ def fill_model(
 ) -> None:
     """Give the model its weights: initial ones, or the checkpoint's with its vocabulary grown to `vocab_size`."""
     if checkpoint is None:
-        own = mesh.rank("dp") if config.training.data_parallel_random_init else 0
-        seed = config.training.seed + own
+        seed = config.training.seed
         model.fill(lambda name, shape, ranges: initial_weight(name, shape, config.model, seed)[ranges])
         return
     if vocab_size > checkpoint.vocab_size:

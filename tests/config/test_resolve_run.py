@@ -92,6 +92,15 @@ def test_a_lost_rotary_setting_is_found() -> None:
         ({"fp16": True, "bf16": True}, "--fp16 and --bf16"),
         ({"recompute_activations": True, "recompute_granularity": "full"}, "--recompute_activations"),
         ({"recompute_method": "block"}, "--recompute_method needs --recompute_granularity full"),
+        ({"recompute_num_layers": 2}, "--recompute_num_layers needs --recompute_granularity full"),
+        ({"seed": 2**32}, "--seed 4294967296 is not in [0, 4294967295]"),
+        (
+            {
+                **{"model_name": "gpt", "max_position_embeddings": 64},
+                **{"use_post_ln": True, "fp32_residual_connection": True},
+            },
+            "--use_post_ln and --fp32_residual_connection exclude each other",
+        ),
         ({"save_interval": 3}, "--save_interval needs --save"),
         ({"rampup_batch_size": (8, 8)}, "--rampup_batch_size takes three numbers"),
         ({"rampup_batch_size": (8, 8, 100)}, "--rampup_batch_size needs --train_samples"),

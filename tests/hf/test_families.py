@@ -105,6 +105,7 @@ def test_a_part_of_a_fused_tensor_is_read_alone(tmp_path: Path) -> None:
     whole = weights.read("layers.1.attention.q.weight")
     part = (slice(5, 21), slice(3, 7))
     assert torch.equal(weights.read("layers.1.attention.q.weight", part), whole[part])
+    assert weights.read("layers.1.attention.k.weight", (slice(4, 4), slice(3, 7))).shape == (0, 4)
 
 
 def test_a_gpt_that_is_no_gpt2_is_not_exported(tmp_path: Path) -> None:

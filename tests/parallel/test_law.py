@@ -72,7 +72,8 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (4, {**PP4, "micro_batch_size": 1, **TIED}),
     (4, {**PP2, **TP2, **SP, **TIED}),
     (4, {**INTERLEAVED, **TIED}),
-    (4, {**PP2, "full_sharding": True}),
+    (4, {**PP2, "full_sharding": True, **TIED}),
+    (4, {**INTERLEAVED, "full_sharding": True, "micro_batch_size": 1}),
     (8, {**INTERLEAVED, **TP2, **SP}),
     (8, {**PP4, **TP2}),
 ]

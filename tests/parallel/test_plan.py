@@ -21,6 +21,9 @@ LLAMA_70B = ModelConfig(
     num_attention_heads_kv=8,
     kv_channels=128,
     tie_embed_logits=False,
+    use_rms_norm=True,
+    glu_activation="swiglu",
+    position_embedding_type="rotary",
 )
 
 

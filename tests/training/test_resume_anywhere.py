@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_runs import losses, run, same, tensors
+from tiny_runs import finetune, losses, run, same, tensors, words
 from worlds import World
 
 TP2 = "--tensor_model_parallel_size 2"
@@ -54,6 +54,13 @@ def test_the_checkpoint_gives_the_layout(world: World, course: str, tmp_path: Pa
     output = run(world, 4, bare, f"--train_iters 4 --load {tmp_path} --load_iters 2 --use_checkpoint_args")
     assert "4 ranks on cpu: 2 tensor x 2 pipeline x 1 data" in output
     assert losses(output) == expected[2:]
+
+
+def test_a_run_without_an_iteration_is_refused(course: str, tmp_path: Path) -> None:
+    code, output = finetune(words(course, f"--train_samples 3 --save {tmp_path}"))
+    assert code == 2
+    assert "--train_samples 3 is less than the first batch, 8" in output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_growing_batch_goes_on_growing(world: World, course: str, tmp_path: Path) -> None:

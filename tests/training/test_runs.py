@@ -213,6 +213,17 @@ def test_a_flipped_byte_of_a_weight_stops_every_rank(world: World, course: str, 
 
 
 @pytest.mark.parametrize(
+    "precision", ["--bf16", "--fp16 --initial_loss_scale 1024", "--bf16 --fp32_residual_connection"]
+)
+def test_half_precision_in_a_pipeline(world: World, course: str, precision: str) -> None:
+    flags = [course, precision, "--train_iters 4 --num_layers 4"]
+    expected = losses(run(world, 1, *flags))
+    interleaved = f"{STAGES} --hidden_dropout 0.0 --num_layers_per_virtual_pipeline_stage 1"
+    for size, layout in [(2, interleaved), (4, f"{interleaved} --tensor_model_parallel_size 2 --sequence_parallel")]:
+        assert losses(run(world, size, *flags, layout)) == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--global_batch_size 7 --micro_batch_size 7 --tensor_model_parallel_size 3", "--tensor_model_parallel_size 3"),
