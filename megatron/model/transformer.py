@@ -6,6 +6,8 @@ Activations are [t, h]: the documents of a micro batch lie one after the other, 
 A padded batch is the case of equal lengths.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config import ModelConfig
@@ -15,11 +17,20 @@ from megatron.model.rotary import rotary_tables
 from megatron.model.spread import Spread
 
 
+class Embedding(nn.Module):
+    """Rows of vectors. They have no values yet: PyTorch's own would draw some, for which it imports its compiler."""
+
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, size))
+
+
 class Model(nn.Module):
     """A decoder-only language model, or a run of its layers.
 
     The embedding comes with the first layer, final norm and output layer come with the last; where the output layer is
     the embedding, a part with the last layer but not the first has an embedding of its own. What a part lacks is None.
+    Values are given afterwards (`megatron.model.initialization`, or a checkpoint).
 
     Args:
         config: the architecture.
@@ -48,11 +59,11 @@ class Model(nn.Module):
         self.run_layers: RunLayers = run_layers
         numbers = range(config.num_layers) if layers is None else layers
         is_last, tied = config.num_layers - 1 in numbers, config.tie_embed_logits
-        self.embedding = nn.Embedding(vocab_size, config.hidden_size) if 0 in numbers or (is_last and tied) else None
+        self.embedding = Embedding(vocab_size, config.hidden_size) if 0 in numbers or (is_last and tied) else None
         self.position_embedding = None
         if 0 in numbers and config.position_embedding_type == "absolute":
             assert config.max_position_embeddings
-            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleDict({str(n): Layer(config, n, self.spread, kernel) for n in numbers})
         self.is_last = is_last
         self.final_norm = hidden_norm(config) if is_last and not config.use_post_ln else None
@@ -93,7 +104,7 @@ class Model(nn.Module):
         assert self.embedding is not None
         x = self.spread.embed(tokens, self.embedding.weight)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(self.spread.own_tokens(positions))
+            x = x + F.embedding(self.spread.own_tokens(positions), self.position_embedding.weight)
         if self.float32_residual:
             x = x.float()
         drops = self.training and not self.config.lima_dropout
