@@ -7,8 +7,8 @@ from torch import Tensor
 
 from megatron.checkpoint.store import Ranges, TensorStore
 
-VOCABULARY = ("embedding.weight", "lm_head.weight")
-"""Parameters with a row a token; their optimizer state, `exp_avg.embedding.weight` and so on, has one, too."""
+VOCABULARY = ("embedding", "lm_head")
+"""Modules whose weight has a row a token; its optimizer state, `exp_avg.embedding.weight` and so on, has one, too."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ResizedVocabulary:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the whole tensor."""
         shape = self.store.shape(name)
-        return (self.vocab_size, *shape[1:]) if name.endswith(VOCABULARY) else shape
+        return (self.vocab_size, *shape[1:]) if _has_a_row_a_token(name) else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """As stored."""
@@ -39,7 +39,7 @@ class ResizedVocabulary:
 
     def read(self, name: str, ranges: Ranges | None = None) -> Tensor:
         """The tensor or a part of it."""
-        if not name.endswith(VOCABULARY):
+        if not _has_a_row_a_token(name):
             return self.store.read(name, ranges)
         rows, *rest = ranges or tuple(slice(0, size) for size in self.shape(name))
         stored = self.store.shape(name)[0]
@@ -54,6 +54,10 @@ class ResizedVocabulary:
         if name not in self._means:
             self._means[name] = self.store.read(name).float().mean(0, keepdim=True)
         return self._means[name]
+
+
+def _has_a_row_a_token(name: str) -> bool:
+    return name.split(".")[-2] in VOCABULARY
 
 
 def with_vocabulary(store: TensorStore, vocab_size: int) -> TensorStore:
