@@ -25,6 +25,4 @@ def model_folder(path_or_name: str, cache_dir: str | None) -> Path:
         return Path(snapshot_download(path_or_name, cache_dir=cache_dir, allow_patterns=PATTERNS + PICKLED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--model-path {path_or_name}: no such folder, and not to be had from the hub: {reason}"
-        ) from error
+        raise ValueError(f"{path_or_name}: no such folder, and not to be had from the hub: {reason}") from error

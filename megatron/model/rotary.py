@@ -7,24 +7,34 @@ from torch import Tensor
 
 from megatron.config import ModelConfig
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, [t, d] each."""
+
+class Rotary:
+    """Cosines and sines, [t, 1, d] each, in fp32 and, converted once for all layers, in that of the products."""
+
+    def __init__(self, angles: Tensor) -> None:
+        self._tables = {torch.float32: (angles.cos(), angles.sin())}
+
+    def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both in `dtype`."""
+        if dtype not in self._tables:
+            cosines, sines = self._tables[torch.float32]
+            self._tables[dtype] = cosines.to(dtype), sines.to(dtype)
+        return self._tables[dtype]
 
 
 def rotary_tables(positions: Tensor, config: ModelConfig) -> Rotary | None:
-    """Cosines and sines for `positions` [t], in fp32; None for a model that does not rotate."""
+    """For `positions` [t]; None for a model that does not rotate."""
     if config.position_embedding_type != "rotary":
         return None
     angles = positions.float()[:, None] * _frequencies(config, positions.device)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    return Rotary(torch.cat([angles, angles], dim=-1)[:, None])
 
 
 def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
     """Turn each head of x [t, n, d] by the angles of its position."""
     if rotary is None:
         return x
-    cosines, sines = (table[:, None].to(x.dtype) for table in rotary)
+    cosines, sines = rotary.tables(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return x * cosines + torch.cat([-second, first], dim=-1) * sines
 

@@ -90,14 +90,12 @@ def kept_tensors(
     assert h and f and n and d and g
     heads, groups, inner = n // tensor_size, max(g // tensor_size, 1), f // tensor_size
     tokens = 1 / tensor_size if sequence_parallel else 1  # this rank's share of them between the products
-    copied = 2 * 2 * d if compute_bytes < FLOAT32 else 0  # two tables, for q and for k
     return (
         Kept("input of the layer", h * tokens, compute_bytes, ("selective", "full")),
         Kept("inputs of the norms", 2 * h * tokens, FLOAT32, ("none",)),
         Kept("normalized inputs", 2 * h * tokens, FLOAT32, ("none",)),
         Kept("reciprocal root mean squares", 2 * tokens, FLOAT32, ("none",)),
         Kept("outputs of the norms", 2 * h * tokens, compute_bytes, ("none",)),
-        Kept("rotary tables", copied, compute_bytes, ("none",)),
         Kept("q, k, v", (heads + 2 * groups) * d, compute_bytes, ("none", "selective")),
         Kept("attention's output", heads * d, compute_bytes, ("none", "selective")),
         Kept("attention's log-sum-exp", heads, FLOAT32, ("none", "selective")),
