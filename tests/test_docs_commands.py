@@ -103,9 +103,8 @@ def test_training_log(walk):
 def test_files_of_each_stage(walk):
     work, _ = walk
     tracker = "latest_checkpointed_iteration.txt"
-    assert {path.name for path in (work / "tokenized").iterdir()} == {
-        f"orca-{part}.{kind}" for part in ("text", "role") for kind in ("bin", "idx")
-    }
+    written = {f"orca-{part}.{kind}" for part in ("text", "role") for kind in ("bin", "idx")}
+    assert {path.name for path in (work / "tokenized").iterdir()} == {*written, "orca-tokenizer.json"}
     assert (work / "weights" / tracker).read_text().strip() == "release"
     assert (work / "sharded" / tracker).read_text().strip() == "release"
     assert (work / "finetuned" / tracker).read_text().strip() == "3"
