@@ -32,15 +32,19 @@ def main(argv: list[str]) -> None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.hf_repo_name):
         raise UsageError(f"--hf_repo_name {options.hf_repo_name} is not USER/NAME")
     from megatron.checkpoint import open_checkpoint
-    from megatron.checkpoint.export import check_whole, export, publish
+    from megatron.checkpoint.export import TOLERANCE, check_whole, export, logits_difference
 
-    checkpoint = open_checkpoint(Path(options.input_dir))
+    checkpoint = open_checkpoint(Path(options.input_dir), reads_all=True)
+    for warning in checkpoint.warnings:
+        print(f"warning: {warning}")
     with tempfile.TemporaryDirectory(prefix="push-to-hub-") as work:
         folder = checkpoint.folder
         if not checkpoint.is_hugging_face:
-            folder = Path(work) / "hf"
-            publish(export(checkpoint, folder), folder)
-            print(f"exported {checkpoint.folder}")
+            folder = export(checkpoint, Path(work) / "hf")
+            difference = logits_difference(checkpoint, folder)
+            if not difference <= TOLERANCE:
+                raise ValueError(f"the export of {checkpoint.folder} computes something else: logits by {difference}")
+            print(f"exported {checkpoint.folder}; largest difference of logits to transformers: {difference:.1e}")
         check_whole(folder)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if is_uploaded(path)}
         for name, size in files.items():

@@ -23,7 +23,9 @@ class Options:
         None, "Folder or hub name of the model to compare with; by default --load.", metavar="MODEL"
     )
     huggingface_cache: str | None = option(None, "Where models from the hub are kept.", metavar="DIR")
-    huggingface_device: str | None = option(None, "cpu or cuda; by default the device of the main rank.")
+    huggingface_device: str | None = option(
+        None, "Where it computes; by default the device of the main rank.", choices=("cpu", "cuda")
+    )
     huggingface_dtype: str = option("float32", "Its precision.", choices=("float32", "bfloat16", "float16"))
     rows: int = option(8, "How many rows of --data_path, or of random tokens without it.", within="[1, inf)")
     tolerance: float | None = option(
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> None:
     from megatron.checkpoint import open_checkpoint  # after the flags: --help needs no torch
     from megatron.verification.correctness import Theirs, compared_flags, verify_correctness
 
-    checkpoint = open_checkpoint(Path(typed["load"]), typed.get("load_iters"))
+    checkpoint = open_checkpoint(Path(typed["load"]), typed.get("load_iters"), reads_all=True)
     name = options.huggingface_model or (typed["load"] if checkpoint.is_hugging_face else "")
     if not name:
         raise UsageError("--huggingface_model is missing: what to compare --load with")

@@ -1,10 +1,12 @@
 """Export to Hugging Face: a folder that `transformers` loads, and the proof that it computes the same."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -17,17 +19,25 @@ from megatron.checkpoint.store import read_ahead
 from megatron.config import UsageError
 from megatron.hf.config import EXPORTED, hf_config
 from megatron.hf.forms import targets
-from megatron.hf.tokenizer import export_tokenizer, is_own, stop_ids, token_ids
+from megatron.hf.tokenizer import FILES, export_tokenizer, is_own, stop_ids, token_ids
 from megatron.model import Model
+from megatron.tokenizer.chat import MESSAGE_END
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-3
 """Largest difference of logits, computed in fp32 on both sides, that is rounding."""
+GENERATION = "generation_config.json"
 SPECIAL = ("bos", "eos", "pad", "cls", "mask", "sep", "unk")
 """What a tokenizer of `transformers` calls its special tokens, each `NAME_token`."""
 IDS_IN_CONFIG = ("bos", "eos", "pad")
 """Those of which config.json and generation_config.json have the id, `NAME_token_id`."""
+MADE_BY = "megatron_llm_version"
+"""Key of config.json by which an export is known as one, which a later one may replace."""
+EXPORTED_FILES = re.compile(
+    r"config\.json|generation_config\.json|model.*\.safetensors|model\.safetensors\.index\.json|"
+    + "|".join(map(re.escape, FILES))
+)
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of which a tokenizer has at least one."""
 
@@ -101,7 +111,8 @@ def export(
     try:
         kind = dtype or _trained_dtype(checkpoint)
         tokens = _write_tokenizer(checkpoint, folder)
-        _write_json(folder / HF_CONFIG, hf_config(checkpoint.model, checkpoint.vocab_size, kind, tokens))
+        config = hf_config(checkpoint.model, checkpoint.vocab_size, kind, tokens)
+        _write_json(folder / HF_CONFIG, {**config, MADE_BY: version("megatron-llm")})
         if changes != UNCHANGED:
             _change_tokens(folder, changes, checkpoint.vocab_size)
         _write_weights(checkpoint, folder, kind, shards, progress)
@@ -126,8 +137,18 @@ def _check_replaceable(output: Path, source: Path) -> None:
     """An export replaces an earlier one, never the user's other files."""
     if source.is_relative_to(output):
         raise UsageError(f"--output_dir {output} holds the checkpoint that is read; give another folder")
-    if output.exists() and not (output.is_dir() and ((output / HF_CONFIG).is_file() or not any(output.iterdir()))):
-        raise UsageError(f"--output_dir {output} exists and is no earlier export; give another folder or remove it")
+    if output.exists() and not (output.is_dir() and (_is_export(output) or not any(output.iterdir()))):
+        raise UsageError(
+            f"--output_dir {output} exists and is no earlier export, or has other files, too; give another folder or "
+            "remove it"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether all of a folder was written by an earlier export."""
+    if not all(path.is_file() and EXPORTED_FILES.fullmatch(path.name) for path in folder.iterdir()):
+        return False
+    return (folder / HF_CONFIG).is_file() and MADE_BY in read_json(folder / HF_CONFIG)
 
 
 def check_whole(folder: Path) -> None:
@@ -163,6 +184,7 @@ def logits_difference(checkpoint: Checkpoint, folder: Path, tokens: int = 32) ->
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             parameter.copy_(checkpoint.weights.read(name).to(stored))
+        tokens = min(tokens, checkpoint.model.max_position_embeddings or tokens)
         ids = torch.randint(checkpoint.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1))
         mine = ours(ids, torch.arange(tokens), torch.tensor([0, tokens], dtype=torch.int32), tokens)
         return float((mine - theirs(ids[None]).logits[0]).abs().max())
@@ -172,14 +194,17 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, int | No
     """Write tokenizer and generation settings; returns the token ids that config.json names."""
     source = checkpoint.tokenizer_folder
     tokens: dict[str, int | None] = checkpoint.run.get("tokens", {})
-    stops: object = tokens.get("eos_token_id")
+    settings: dict[str, object] = {**tokens, "do_sample": False}
     if source and is_own(source):
         export_tokenizer(source, folder)
-        tokens, stops = token_ids(source), stop_ids(source)
+        tokens = token_ids(source)
+        settings = {**tokens, "eos_token_id": stop_ids(source) or None, "do_sample": False}
     else:
         for file in checkpoint.tokenizer_files:
             shutil.copyfile(file, folder / file.name)
-    _write_json(folder / "generation_config.json", {**tokens, "eos_token_id": stops, "do_sample": False})
+        if source and (source / GENERATION).is_file():
+            settings = read_json(source / GENERATION)
+    _write_json(folder / GENERATION, settings)
     return tokens
 
 
@@ -209,11 +234,15 @@ def _change_tokens(folder: Path, changes: TokenChanges, vocab_size: int) -> None
     in_config: dict[str, object] = {
         f"{name}_token_id": ids[token] for name, token in changes.named.items() if name in IDS_IN_CONFIG
     }
+    in_generation, end = dict(in_config), tokenizer.token_to_id(MESSAGE_END)
+    if "eos_token_id" in in_config and end is not None:  # a turn ends there whatever a sequence ends with
+        stops = list(dict.fromkeys([end, in_config["eos_token_id"]]))
+        in_generation["eos_token_id"] = stops if len(stops) > 1 else end
     for file, values in {
         "tokenizer_config.json": names,
         "special_tokens_map.json": names,
         HF_CONFIG: in_config,
-        "generation_config.json": in_config,
+        GENERATION: in_generation,
     }.items():
         present = read_json(folder / file) if (folder / file).is_file() else {}
         _write_json(folder / file, {**present, **values})

@@ -119,7 +119,10 @@ class PickledFile:
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # whatever a damaged or hostile pickle makes of itself
             raise ValueError(f"{path}: not a file of plain tensors: {error}") from error
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            for name, tensor in tensors.items()
+        ):
             raise ValueError(f"{path}: not a dictionary of tensors")
         self._tensors: dict[str, Tensor] = tensors
 

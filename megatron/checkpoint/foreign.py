@@ -1,8 +1,6 @@
 """Opening weights in two further forms: Meta's `consolidated.NN.pth`, and Megatron-LLM's `mp_rank_TT[_PPP]` folders.
 
 Both are pickles, cut into tensor shards. They are mapped into memory and read row by row, like any other store.
-Nothing in them is run: `torch.load(weights_only=True)` takes tensors and plain values, and for the classes of `INERT`
-puts an object that does nothing; a file with anything else is refused.
 """
 
 import itertools
@@ -12,28 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron.checkpoint.files import Content, Ranges
 from megatron.checkpoint.folder import RELEASE, TRACKER, folder_name
 from megatron.checkpoint.formed import FormedStore, formed_shape
+from megatron.checkpoint.pickles import Inert, read_pickle
 from megatron.checkpoint.store import Piece, SlicedStore, TensorStore
 from megatron.config import ModelConfig
 from megatron.hf import meta, reference
+from megatron.hf.config import architecture
 from megatron.hf.forms import Source
 from megatron.hf.rows import parameter_shapes
 from megatron.tokenizer.sentencepiece import MODEL_FILE
 
-INERT = (
-    "argparse.Namespace",
-    *("megatron.model.enums.PositionEmbeddingType", "megatron.model.enums.ModelType", "megatron.core.enums.ModelType"),
-    *("megatron.model.enums.LayerType", "megatron.model.enums.AttnType", "megatron.model.enums.AttnMaskType"),
-    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"),
-    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
-    *("pathlib.PosixPath", "pathlib._local.PosixPath"),
-)
-"""What Megatron-LLM's files name besides tensors and plain values: arguments, enumerations, random states, paths."""
 RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
 """The latter beside a distributed optimizer."""
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -60,24 +50,6 @@ class Foreign:
     notes: tuple[str, ...]
 
 
-class Inert:
-    """Stands for an object of a class in `INERT`, of which it keeps what a pickle would have built it from."""
-
-    arguments: tuple[Any, ...]
-    state: Any = None
-
-    def __new__(cls, *arguments: Any) -> "Inert":
-        made = super().__new__(cls)
-        made.arguments = arguments
-        return made
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __repr__(self) -> str:
-        return ", ".join(map(str, self.arguments))
-
-
 @dataclass(frozen=True)
 class MappedFile:
     """Tensors of the file `path`, mapped into memory, by the names they have in the model."""
@@ -94,28 +66,6 @@ class MappedFile:
     def read(self, name: str, ranges: Ranges) -> Tensor:
         """A part of an entry."""
         return self.tensors[name][ranges]
-
-
-def read_pickle(path: Path) -> dict[str, Any]:
-    """What a file of `torch.save` holds, its tensors mapped into memory; nothing in it is run.
-
-    Raises:
-        ValueError: it is missing, damaged, no dictionary, or names a class that is not in `INERT`.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        with torch.serialization.safe_globals([(Inert, name) for name in INERT]):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile pickle makes of itself
-        text = str(error)
-        if named := re.search(r"GLOBAL (\S+)", text):
-            raise ValueError(f"{path} holds {named[1]}, which is neither tensor nor plain value: refused") from error
-        reason = text.rpartition("WeightsUnpickler error: ")[2].partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be read as a file of torch.save: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no dictionary")
-    return content
 
 
 def is_meta(folder: Path) -> bool:
@@ -136,15 +86,21 @@ def open_meta(folder: Path, params: Mapping[str, Any], family: str | None) -> Fo
     """
     source = folder / meta.PARAMS
     numbers = [int(found[1]) for path in folder.iterdir() if (found := SHARD.fullmatch(path.name))]
-    paths = [folder / f"consolidated.{number:02d}.pth" for number in range(max(numbers, default=0) + 1)]
+    missing = next(number for number in range(len(numbers) + 1) if number not in numbers)
+    if not numbers or missing < max(numbers):
+        raise ValueError(f"{folder / f'consolidated.{missing:02d}.pth'} is missing")
+    paths = [folder / f"consolidated.{number:02d}.pth" for number in sorted(numbers)]
     files = [MappedFile(path, _tensors(read_pickle(path), path)) for path in paths]
 
     def axis(name: str, tensor: Tensor) -> int | None:
         return meta.meta_axis(name, tensor.shape[-1], len(files), params.get("dim", 0))
 
     stored = _joined(folder, files, axis, ignored=meta.BUFFERS)
+    tied = (meta.EMBEDDING, meta.OUTPUT)
+    if set(tied) <= stored.shapes.keys() and stored.equal(*tied):  # Llama 3.2 has both
+        stored = stored.without([meta.OUTPUT])
     fields, notes = meta.meta_fields(params, stored.shapes, family, source)
-    model = ModelConfig(**fields)
+    model = architecture(fields, source)
     weights = _formed(stored, model, lambda name: meta.meta_source(name, model), source)
     has_tokenizer = (folder / MODEL_FILE).is_file() and fields[
         "model_name"
@@ -190,7 +146,7 @@ def open_reference(folder: Path, family: str | None) -> Foreign:
     stored = _joined_stages(folder, ranks, contents)
     fields, notes = reference.reference_fields(args, stored.shapes, family, path)
     stored = _without_tied_copy(stored, path)
-    model = ModelConfig(**fields)
+    model = architecture(fields, path)
     weights = _formed(stored, model, lambda name: reference.reference_source(name, model, sizes[SIZES[0]]), path)
     tokenizer = next((place for place in (folder, folder.parent) if (place / MODEL_FILE).is_file()), None)
     length = args.get("seq_length")
@@ -212,7 +168,7 @@ def _ranks(folder: Path) -> dict[tuple[int, int], Path]:
         raise ValueError(f"{folder} has no mp_rank_00/{RANK_FILES[0]}")
     tensor, pipeline = (max(rank[place] for rank in found) + 1 for place in range(2))
     is_staged = any(file.parent.name.count("_") == 3 for file in found.values())
-    for rank in itertools.product(range(tensor), range(pipeline)):
+    for rank in ((tensor_rank, stage) for tensor_rank in range(tensor) for stage in range(pipeline)):
         if rank not in found:
             missing = f"mp_rank_{rank[0]:02d}" + (f"_{rank[1]:03d}" if is_staged else "")
             raise ValueError(f"{folder / missing / RANK_FILES[0]} is missing")
@@ -323,7 +279,7 @@ def _pieces(name: str, files: Sequence[MappedFile], axis: int) -> tuple[list[Pie
 def _without_tied_copy(stored: SlicedStore, path: Path) -> SlicedStore:
     """The last stage's copy of a tied embedding is to be one."""
     embedding, copy = reference.ROWS[0], reference.TIED_COPY
-    if copy in stored.shapes and not torch.equal(stored.read(copy), stored.read(embedding)):
+    if copy in stored.shapes and not stored.equal(embedding, copy):
         raise ValueError(f"{path}: {copy} of the last stage is not {embedding} of the first")
     return stored.without([copy])
 

@@ -14,7 +14,7 @@ from megatron.checkpoint.save import state_name
 from megatron.checkpoint.store import SlicedStore, TensorStore, open_files
 from megatron.checkpoint.vocabulary import vocabulary_size
 from megatron.config import ModelConfig
-from megatron.hf.config import model_fields, model_type
+from megatron.hf.config import architecture, model_fields, model_type
 from megatron.hf.config import vocabulary_size as vocabulary_of
 from megatron.hf.forms import FORMS, sources, targets, usual_name
 from megatron.hf.meta import PARAMS
@@ -25,6 +25,7 @@ from megatron.tokenizer.sentencepiece import SPECIAL_TOKENS_FILE
 HF_CONFIG = "config.json"
 HF_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 """Stored options, besides the architecture and `seq_length`, that a run may take over."""
@@ -155,9 +156,11 @@ def _foreign(opened: Foreign) -> Checkpoint:
 def _open_hf(folder: Path) -> Checkpoint:
     config = read_json(folder / HF_CONFIG)
     kind, fields = model_type(config, folder / HF_CONFIG), model_fields(config, folder / HF_CONFIG)
-    model = ModelConfig(**fields)
+    model = architecture(fields, folder / HF_CONFIG)
     stored = open_files(folder, _hf_files(folder)).renamed(lambda name: usual_name(name, kind))
     stored = stored.without([name for name in stored.names() if not name])
+    if fields["num_layers"] > len(stored.names()):  # before a model of so many is made
+        raise ValueError(f"{folder / HF_CONFIG}: {fields['num_layers']} layers, but {len(stored.names())} weights")
     shapes = parameter_shapes(model, vocabulary_of(config, folder / HF_CONFIG))
     if model.tie_embed_logits:
         stored = _without_tied_copy(stored, kind, model, folder)
@@ -172,8 +175,7 @@ def _without_tied_copy(stored: SlicedStore, kind: str, model: ModelConfig, folde
     names = [FORMS[kind](name, model).name for name in ("embedding.weight", "lm_head.weight")]
     if not set(names) <= set(stored.names()):
         return stored
-    embedding, head = map(stored.read, names)
-    if not torch.equal(embedding, head.to(embedding.dtype)):
+    if not stored.equal(*names):
         raise ValueError(f"{folder}: {HF_CONFIG} says tie_word_embeddings, but {names[1]} is not {names[0]}")
     return stored.without(names[1:])
 
@@ -189,6 +191,8 @@ def _check_form(
             some = ", ".join(sorted(difference)[:5])
             raise ValueError(f"{folder} {what} weights: {some}{', ...' if len(difference) > 5 else ''}")
     for name, shape in expected.items():
+        if stored.dtype(name) not in WEIGHT_DTYPES:
+            raise ValueError(f"{folder}: {name} is of {stored.dtype(name)}; only {WEIGHT_DTYPES} are supported")
         if stored.shape(name) != shape:
             should = f"but by {HF_CONFIG} it should be {list(shape)}"
             raise ValueError(f"{folder}: {name} is {list(stored.shape(name))}, {should}")

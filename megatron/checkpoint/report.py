@@ -45,7 +45,7 @@ class Progress:
 
     def parameters_agree_with(self, billions: int) -> bool:
         """Whether a model called by this size may have this many parameters."""
-        return abs(self.parameters / 1e9 - billions) <= 0.1 * billions
+        return abs(self.parameters / 1e9 - billions) <= max(0.1 * billions, 0.5)
 
     def summary(self) -> str:
         """What was done."""

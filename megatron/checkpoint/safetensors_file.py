@@ -30,7 +30,11 @@ DTYPES = {
     torch.uint8: "U8",
 }
 BLOCK_BYTES = 1 << 20
-NAMED_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+NAMED_DTYPES = {name: dtype for dtype, name in DTYPES.items()} | {
+    **{"BOOL": torch.bool, "I16": torch.int16, "I8": torch.int8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+"""Those of files, of which not all are for weights."""
 
 
 @dataclass(frozen=True)

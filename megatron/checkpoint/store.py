@@ -13,6 +13,9 @@ from torch import Tensor
 from megatron.checkpoint.files import OFFSETS, SHAPES, PickledFile, Ranges, SafetensorsFile, TensorFile
 from megatron.checkpoint.safetensors_file import Entry, SafetensorsWriter
 
+BLOCK_ROWS = 4096
+"""Of a vocabulary, to be read at a time."""
+
 
 class TensorStore(Protocol):
     """Named tensors on disk."""
@@ -161,6 +164,19 @@ class SlicedStore:
             problem = _tiling_problem(self.shape(name), self.pieces[name]) or f"no part [{asked}]"
             raise ValueError(f"{self.folder}: the files hold {problem} of {name} {list(self.shape(name))}")
         return result
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors are the same in the precision of the first; compared block by block."""
+        if self.shape(first) != self.shape(second):
+            return False
+        rows, *rest = self.shape(first)
+        whole = [slice(0, size) for size in rest]
+        for start in range(0, rows, BLOCK_ROWS):
+            block = (slice(start, min(start + BLOCK_ROWS, rows)), *whole)
+            part = self.read(first, block)
+            if not torch.equal(part, self.read(second, block).to(part.dtype)):
+                return False
+        return True
 
     def check_whole(self) -> None:
         """Raise `ValueError` unless the files hold all of every tensor, and no part of one twice."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.store import Ranges, TensorStore
+from megatron.checkpoint.store import BLOCK_ROWS, Ranges, TensorStore
 
 VOCABULARY = ("embedding", "lm_head")
 """Modules whose weight has a row a token; its optimizer state, `exp_avg.embedding.weight` and so on, has one, too."""
@@ -52,12 +52,18 @@ class ResizedVocabulary:
 
     def _mean(self, name: str) -> Tensor:
         if name not in self._means:
-            self._means[name] = self.store.read(name).float().mean(0, keepdim=True)
+            rows, *rest = self.store.shape(name)
+            whole = [slice(0, size) for size in rest]
+            sums = [
+                self.store.read(name, (slice(start, min(start + BLOCK_ROWS, rows)), *whole)).float().sum(0)
+                for start in range(0, rows, BLOCK_ROWS)
+            ]
+            self._means[name] = torch.stack(sums).sum(0, keepdim=True) / rows
         return self._means[name]
 
 
 def _has_a_row_a_token(name: str) -> bool:
-    return name.split(".")[-2] in VOCABULARY
+    return name.rpartition(".")[0].rpartition(".")[2] in VOCABULARY
 
 
 def with_vocabulary(store: TensorStore, vocab_size: int) -> TensorStore:

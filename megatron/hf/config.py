@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron.config import FAMILIES, ModelConfig
+from megatron.config import FAMILIES, ModelConfig, UsageError
 from megatron.hf.rotary import read_number, read_rotary, write_rotary
 
 Settings = Mapping[str, Any]
@@ -82,6 +82,8 @@ def _read_falcon(config: Settings, source: object) -> dict[str, Any]:
 
 def _write_falcon(model: ModelConfig) -> dict[str, Any]:
     groups, heads = model.num_attention_heads_kv, model.num_attention_heads
+    if heads and model.kv_channels and model.kv_channels * heads != model.hidden_size:
+        raise ValueError(f"Hugging Face's Falcon has no kv_channels {model.kv_channels}; it cannot be exported")
     is_new = model.parallel_layernorm or groups not in (1, heads)
     return {
         **write_rotary(model),
@@ -98,7 +100,7 @@ GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "
 
 def _read_gpt2(config: Settings, source: object) -> dict[str, Any]:
     activation = config.get("activation_function", "gelu_new")
-    if activation not in GPT2_ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in GPT2_ACTIVATIONS:
         raise ValueError(
             f"{source}: activation_function is {activation!r}; only {', '.join(GPT2_ACTIVATIONS)} are supported"
         )
@@ -223,9 +225,9 @@ def model_type(config: Settings, source: object) -> str:
         ValueError: it is not one of `MODEL_TYPES`.
     """
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise ValueError(f"{source}: model_type is {kind!r}; supported are {', '.join(MODEL_TYPES)}")
-    return str(kind)
+    return kind
 
 
 def model_fields(config: Settings, source: object) -> dict[str, Any]:
@@ -237,7 +239,7 @@ def model_fields(config: Settings, source: object) -> dict[str, Any]:
     kind = model_type(config, source)
     described = MODEL_TYPES[kind]
     for key, value in described.fixed.items():
-        if config.get(key, value) != value:
+        if config.get(key) not in (None, value):
             raise ValueError(f"{source}: {key} is {config[key]!r}; only {value!r} is supported")
     missing = [key for key in described.required if config.get(key) is None]
     if missing:
@@ -248,8 +250,29 @@ def model_fields(config: Settings, source: object) -> dict[str, Any]:
     fields |= described.read(config, source)
     fields.setdefault("num_attention_heads_kv", fields["num_attention_heads"])
     fields.setdefault("kv_channels", fields["hidden_size"] // fields["num_attention_heads"])
+    _check_windows(config, fields, source)
     family = _family(kind, fields)
     return {**FAMILIES[family].requires, "model_name": family, **fields}
+
+
+def architecture(fields: Settings, source: object) -> ModelConfig:
+    """The model of `fields`, which come from the file `source`.
+
+    Raises:
+        ValueError: they do not make a model.
+    """
+    try:
+        return ModelConfig(**fields)
+    except UsageError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _check_windows(config: Settings, fields: Settings, source: object) -> None:
+    """Every layer sees as much as the one window of the model says."""
+    kind = "sliding_attention" if fields.get("sliding_window_size") else "full_attention"
+    for found in config.get("layer_types") or ():
+        if found != kind:
+            raise ValueError(f"{source}: layer_types has {found!r}; only layers that are all {kind!r} are supported")
 
 
 def _family(kind: str, fields: Settings) -> str:

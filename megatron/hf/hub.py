@@ -1,9 +1,12 @@
 """Models by their name on the Hugging Face hub."""
 
+from functools import partial
 from pathlib import Path
 
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 PICKLED = ["*.bin"]
+OTHER_FORMS = ["consolidated*", "original/*"]
+"""The same weights once more, in their makers' form."""
 
 
 def model_folder(path_or_name: str, cache_dir: str | None) -> Path:
@@ -18,11 +21,12 @@ def model_folder(path_or_name: str, cache_dir: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(path_or_name, cache_dir=cache_dir, allow_patterns=PATTERNS))
+        download = partial(snapshot_download, path_or_name, cache_dir=cache_dir, ignore_patterns=OTHER_FORMS)
+        folder = Path(download(allow_patterns=PATTERNS))
         if any(folder.glob("*.safetensors")):
             return folder
         # Many models come in both forms, of which one is enough.
-        return Path(snapshot_download(path_or_name, cache_dir=cache_dir, allow_patterns=PATTERNS + PICKLED))
+        return Path(download(allow_patterns=PATTERNS + PICKLED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path_or_name}: no such folder, and not to be had from the hub: {reason}") from error

@@ -36,7 +36,7 @@ AXES: Mapping[str, int | None] = {
     **dict.fromkeys(("attention_norm", "ffn_norm", "norm"), None),
 }
 """Module -> the dimension that is divided over the files; None: each file has all of it."""
-FEED_FORWARD, EMBEDDING = "layers.0.feed_forward.w1.weight", "tok_embeddings.weight"
+FEED_FORWARD, EMBEDDING, OUTPUT = "layers.0.feed_forward.w1.weight", "tok_embeddings.weight", "output.weight"
 BUFFERS = ("rope.freqs",)
 """What the files hold besides weights."""
 REQUIRED = ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of")
@@ -127,7 +127,7 @@ def meta_fields(
         "kv_channels": params["dim"] // params["n_heads"],
         "layernorm_epsilon": float(params["norm_eps"]),
         "rope_theta": theta,
-        "tie_embed_logits": "output.weight" not in shapes,
+        "tie_embed_logits": OUTPUT not in shapes,
         "max_position_embeddings": FAMILIES[family].advises["max_position_embeddings"],
         **_scaling(params),
     }

@@ -1,5 +1,6 @@
 """Rotary settings in config.json, where transformers 4 or 5 write them, and ours."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ def write_rotary(model: ModelConfig) -> dict[str, Any]:
 
 def _scaling(settings: Mapping[str, Any], source: object) -> dict[str, Any]:
     kind = settings.get("rope_type", settings.get("type", "default"))
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         known = ", ".join(map(repr, SCALINGS))
         raise ValueError(f"{source}: rotary scaling of type {kind!r} is not supported; only {known}")
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
@@ -65,6 +66,8 @@ def _scaling(settings: Mapping[str, Any], source: object) -> dict[str, Any]:
         number = read_number(settings, theirs, source)
         if number is None:
             raise ValueError(f"{source}: rotary scaling is {kind!r}, but its {theirs} is missing")
+        if ours.endswith("embeddings") and not number.is_integer():
+            raise ValueError(f"{source}: {theirs} is {number}, not a whole number")
         fields[ours] = int(number) if ours.endswith("embeddings") else number
     return {"rope_scaling_type": kind, **fields} if fields else {}
 
@@ -78,6 +81,6 @@ def read_number(settings: Mapping[str, Any], key: str, source: object) -> float 
     value = settings.get(key)
     if value is None:
         return None
-    if type(value) not in (int, float):
+    if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{source}: {key} is {value!r}, not a number")
     return float(value)

@@ -171,8 +171,9 @@ def _merges(proto: Any) -> Iterator[tuple[str, str]]:
 
 
 def _from_tokenizer_json(folder: Path) -> FastTokenizer:
-    """The tokenizer.json in `folder`: the library's already."""
-    return FastTokenizer.from_file(str(folder / TOKENIZER_FILE))
+    """The tokenizer.json in `folder`: the library's already, less what it adds around a text, as no training had it."""
+    content = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    return FastTokenizer.from_str(json.dumps({**content, "post_processor": None}))
 
 
 CONVERTERS: dict[str, Callable[[Path], FastTokenizer]] = {

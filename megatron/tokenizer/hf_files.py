@@ -90,6 +90,9 @@ def _named_beside(folder: Path) -> dict[str, str | None]:
             content |= {key: value for key, value in _read_object(path, str(path)).items() if value is not None}
     tokens = {role: content.get(f"{role}_token") for role in NAMED}
     names = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
+    for role, name in names.items():
+        if not isinstance(name, str | None):
+            raise ValueError(f"{role}_token is {name!r} in {' or '.join(NAMING_FILES)} of {folder}, not a string")
     return names if any(names.values()) else {}
 
 

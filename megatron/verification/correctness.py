@@ -40,6 +40,8 @@ from megatron.verification.logit_rows import (
 
 SUPPLIED = {"micro_batch_size": 1, "packing": "padding_free", "data_type": "instruction"}
 """What a run needs, where it is not given."""
+MOST_RANDOM_TOKENS = 512
+"""Of a row without data, whose logits two models hold in fp32."""
 FIXED = {"eval_only": True, "calculate_per_token_loss": True}
 """What every comparison has."""
 
@@ -170,9 +172,10 @@ def read_samples(config: RunConfig, count: int, vocab_size: int) -> tuple[list[S
     assert data.seq_length
     if not (data.data_path or data.train_data_path or data.valid_data_path or data.test_data_path):
         random = np.random.default_rng(config.training.seed)
-        lengths = random.integers(data.seq_length // 2, data.seq_length + 1, count) + 1
+        longest = min(data.seq_length, MOST_RANDOM_TOKENS)
+        lengths = random.integers(longest // 2, longest + 1, count) + 1
         samples = [(random.integers(0, vocab_size, n), np.full(n, int(Role.ASSISTANT))) for n in lengths.clip(2)]
-        return samples, f"{count} rows of random tokens (no --data_path)"
+        return samples, f"{count} rows of up to {longest} random tokens (no --data_path)"
     splits = build_instruction_splits(data)
     dataset = next(split for split in (splits.train, splits.valid, splits.test) if split).dataset
     numbers = np.flatnonzero(dataset.lengths > 1)[:count]

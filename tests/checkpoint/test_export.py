@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_families import save_family
 from tiny_llamas import edit_config, save_llama
 from transformers import GenerationConfig
 
 from megatron.checkpoint import open_checkpoint
-from megatron.checkpoint.export import export, publish
+from megatron.checkpoint.export import export, logits_difference, publish
 from megatron.checkpoint.reshard import Layout, reshard
 from megatron.config import UsageError
 
@@ -105,3 +106,29 @@ def test_a_config_that_contradicts_is_refused(tmp_path: Path, changes: dict[str,
     edit_config(tmp_path, **changes)
     with pytest.raises(ValueError, match=re.escape(message)):
         open_checkpoint(tmp_path)
+
+
+def test_a_model_of_somebody_elses_is_no_earlier_export(release: Path, tmp_path: Path) -> None:
+    """Not the original, and not an export with something added."""
+    before = files_below(tmp_path / "hf")
+    with pytest.raises(UsageError, match="is no earlier export"):
+        export(open_checkpoint(release), tmp_path / "hf")
+    assert files_below(tmp_path / "hf") == before
+    publish(export(open_checkpoint(release), tmp_path / "out"), tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="or has other files"):
+        export(open_checkpoint(release), tmp_path / "out")
+
+
+def test_a_context_shorter_than_the_comparison(tmp_path: Path) -> None:
+    save_family(tmp_path / "hf", "gpt2", n_positions=16)
+    checkpoint = open_checkpoint(tmp_path / "hf")
+    assert logits_difference(checkpoint, export(checkpoint, tmp_path / "out")) < 1e-5
+
+
+def test_settings_of_generation_that_came_along_stay(tmp_path: Path) -> None:
+    save_llama(tmp_path / "hf")
+    settings = {"eos_token_id": [2, 7], "temperature": 0.6, "do_sample": True}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(settings))
+    folder = export(open_checkpoint(tmp_path / "hf"), tmp_path / "out")
+    assert json.loads((folder / "generation_config.json").read_text()) == settings

@@ -63,6 +63,12 @@ def test_tokens_are_added_and_named(checkpoint: Path) -> None:
     assert "sep_token_id" not in stored(folder, "config.json")
 
 
+def test_generation_still_stops_at_the_end_of_the_turn(checkpoint: Path) -> None:
+    folder = export(checkpoint, "--vocab_extra_ids_list", MARKERS, "--override_special_tokens", "eos=<|endoftext|>")
+    assert stored(folder, "generation_config.json")["eos_token_id"] == [282, 280]
+    assert stored(folder, "config.json")["eos_token_id"] == 280
+
+
 def test_tokens_that_are_there_keep_their_ids(checkpoint: Path) -> None:
     folder = export(checkpoint, "--vocab_extra_ids_list", "<|endoftext|>,the")
     tokenizer = AutoTokenizer.from_pretrained(folder)

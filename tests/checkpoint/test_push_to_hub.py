@@ -64,6 +64,17 @@ def push(folder: Path, *flags: str, name: str = NAME) -> None:
     main(["--input_dir", str(folder), "--hf_repo_name", name, *flags])
 
 
+def test_a_damaged_checkpoint_is_not_uploaded(model: Path, calls: list[Any], tmp_path: Path) -> None:
+    reshard(open_checkpoint(model), tmp_path / "ours", Layout())
+    path = next((tmp_path / "ours").glob("release/model/*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=path.name):
+        push(tmp_path / "ours")
+    assert calls == []
+
+
 def test_a_dry_run_lists_and_connects_to_nobody(
     model: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

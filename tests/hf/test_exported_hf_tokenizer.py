@@ -151,8 +151,8 @@ def test_beside_a_model_of_a_family(model_type: str, tmp_path: Path) -> None:
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
 
 
-def test_the_post_processor_stays(tmp_path: Path) -> None:
-    """A BOS that the tokenizer puts in front for others is not in training rows, nor in what the template renders."""
+def test_nothing_is_put_around_a_text(tmp_path: Path) -> None:
+    """A BOS that the tokenizer puts in front for others is not in training rows, so it is not in the export either."""
     path = byte_level(tmp_path / "given", ["<s>", "</s>"])
     content = json.loads(path.read_text(encoding="utf-8"))
     bos = content["added_tokens"][0]["id"]
@@ -168,7 +168,7 @@ def test_the_post_processor_stays(tmp_path: Path) -> None:
     ids = ours.encode("<|im_start|>question\nthe sum<|im_end|>\n")
     chat = [{"role": "user", "content": "the sum"}]
     assert theirs.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"] == ids
-    assert theirs.encode("the sum") == [bos, *ours.encode("the sum")]
+    assert theirs.encode("the sum") == ours.encode("the sum")
 
 
 def test_what_has_no_exact_equal_is_refused(tmp_path: Path) -> None:

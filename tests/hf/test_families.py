@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_families import FAMILIES, save_family
+from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, LLAMA3, save_family
 from tiny_llamas import edit_config, filled_model, logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -74,6 +74,11 @@ KEYS = {
         ("falcon 40b", {"num_kv_heads": 1}, "self_attention.query_key_value.weight is [64, 32], but by config.json"),
         ("falcon 40b", {"num_ln_in_parallel_attn": 1}, "lacks weights: transformer.h.0.input_layernorm"),
         ("gpt2", {"model_type": "opt"}, "model_type is 'opt'; supported are llama, mistral"),
+        ("gpt2", {"model_type": ["gpt2"]}, "model_type is ['gpt2']"),
+        ("gpt2", {"n_layer": 3000}, "config.json: 3000 layers, but 28 weights"),
+        ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types has 'full_attention'"),
+        ("llama", {"rms_norm_eps": 0.0}, "config.json: --layernorm_epsilon 0.0 is not positive"),
+        ("llama 3.1", {"rope_parameters": {**LLAMA3, "factor": float("inf")}}, "factor is inf, not a number"),
     ],
 )
 def test_what_is_not_computed_here_is_refused(
@@ -97,6 +102,27 @@ def test_names_without_prefix_and_buffers_of_old_files(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = theirs(document[None]).logits[0]
     torch.testing.assert_close(logits(filled_model(checkpoint), document), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_that_are_no_weights(tmp_path: Path) -> None:
+    """Buffers of other types are passed over, weights of other types are named."""
+    save_family(tmp_path, "gpt2")
+    weights = load_file(tmp_path / "model.safetensors")
+    buffers = {f"transformer.h.{n}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool) for n in range(2)}
+    save_file({**weights, **buffers}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert len(open_checkpoint(tmp_path).weights.names()) == 36
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"wte.weight is of torch.float8_e4m3fn; only"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_falcon_with_heads_of_another_size_is_not_exported(tmp_path: Path) -> None:
+    save_family(tmp_path, "falcon 7b")
+    checkpoint = open_checkpoint(tmp_path)
+    checkpoint.run["config"]["model"] |= {"kv_channels": 16}
+    with pytest.raises(ValueError, match="Falcon has no kv_channels 16"):
+        export(checkpoint, tmp_path / "out")
 
 
 def test_a_part_of_a_fused_tensor_is_read_alone(tmp_path: Path) -> None:

@@ -24,10 +24,14 @@ PICKLED = {"pytorch_model.bin"}
 def test_weights_come_in_one_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offered: set[str], taken: set[str]
 ) -> None:
-    def download(name: str, *, cache_dir: str | None, allow_patterns: list[str]) -> str:
+    def download(name: str, *, cache_dir: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         assert (name, cache_dir) == ("someone/model", str(tmp_path))
         for file in offered:
-            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+            allowed, ignored = (
+                any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
+                for patterns in (allow_patterns, ignore_patterns)
+            )
+            if allowed and not ignored:
                 (tmp_path / file).touch()
         return str(tmp_path)
 

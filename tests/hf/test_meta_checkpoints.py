@@ -90,6 +90,24 @@ def test_the_model_is_the_same(tmp_path: Path, name: str, family: str, params: d
     assert_same_model(tmp_path / "meta", theirs, tmp_path / "hf", family)
 
 
+def test_a_tied_model_with_a_copy_of_its_embedding(tmp_path: Path) -> None:
+    """As Meta's Llama 3.2 comes."""
+
+    def copy(shard: dict[str, Tensor]) -> None:
+        shard["output.weight"] = shard["tok_embeddings.weight"].clone()
+
+    theirs = tiny_model("llama, tied", tmp_path / "hf")
+    write_meta(tmp_path / "meta", theirs, 1, edit=copy)
+    assert_same_model(tmp_path / "meta", theirs, tmp_path / "hf", "llama2")
+
+
+def test_a_number_far_from_the_others_is_a_missing_file(tmp_path: Path) -> None:
+    write_meta(tmp_path / "meta", tiny_model("llama, tied", tmp_path / "hf"), 1)
+    (tmp_path / "meta" / "consolidated.99999999999.pth").touch()
+    with pytest.raises(ValueError, match=r"consolidated.01.pth is missing"):
+        open_checkpoint(tmp_path / "meta", family="llama2")
+
+
 def test_multi_query_and_a_stretched_feed_forward(tmp_path: Path) -> None:
     """170 x 1.3 = 221, in 32s 224."""
     theirs = tiny_model("llama, multi-query", tmp_path / "hf", intermediate_size=224)

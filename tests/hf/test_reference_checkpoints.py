@@ -12,7 +12,7 @@ import torch
 from foreign_checkpoints import Bomb, assert_same_model, tiny_model, write_reference
 
 from megatron.checkpoint import open_checkpoint
-from megatron.checkpoint.foreign import Inert, read_pickle
+from megatron.checkpoint.pickles import Inert, read_pickle
 from megatron.config import resolve_run
 
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]

@@ -53,11 +53,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Variant -> `model_type` and configuration."""
 
 
-def save_family(folder: Path, variant: str) -> PreTrainedModel:
-    """A model with random weights, norms and biases too, saved in `folder`."""
+def save_family(folder: Path, variant: str, **changes: Any) -> PreTrainedModel:
+    """A model with random weights, norms and biases too, saved in `folder`; `changes` are of its configuration."""
     torch.manual_seed(3)
     kind, settings = FAMILIES[variant]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), attn_implementation="eager").eval()
+    config = AutoConfig.for_model(kind, **{**settings, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
