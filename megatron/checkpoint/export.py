@@ -19,6 +19,7 @@ from megatron.checkpoint.store import read_ahead
 from megatron.config import UsageError
 from megatron.hf.config import EXPORTED, hf_config
 from megatron.hf.forms import targets
+from megatron.hf.peer import load_peer
 from megatron.hf.tokenizer import FILES, export_tokenizer, is_own, stop_ids, token_ids
 from megatron.model import Model
 from megatron.tokenizer.chat import MESSAGE_END
@@ -176,9 +177,7 @@ def logits_difference(checkpoint: Checkpoint, folder: Path, tokens: int = 32) ->
 
     Both compute in fp32, on random tokens, with the weights as exported.
     """
-    from transformers import AutoModelForCausalLM
-
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    theirs = load_peer(folder, torch.float32, attn_implementation="eager")
     stored = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
     ours = Model(checkpoint.model, checkpoint.vocab_size).eval()
     with torch.no_grad():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.data import Array
+from megatron.hf.peer import load_peer
 from megatron.parallel.logits import EMBEDDING
 
 
@@ -20,9 +21,7 @@ class HuggingFaceModel:
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        self.model = load_peer(folder, dtype).to(device)
         self.device = device
 
     def __str__(self) -> str:
