@@ -7,12 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.config import UsageError, build, option, parse_flags, resolve_run, run_entry
+from megatron.config import UsageError, build, option, parse_run, resolve_run, run_entry
 from megatron.config.entry import FAILED
 from megatron.config.option import check_values
-from megatron.config.parser import with_underscores
-from megatron.config.reference_flags import sort_out
-from megatron.config.run import RUN_GROUPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +35,8 @@ class Options:
 
 def main(argv: list[str]) -> None:
     """Parse the flags, open both models, and compare."""
-    split, summary = sort_out([with_underscores(word) for word in argv]), (__doc__ or "").splitlines()[0]
-    if split.refusal:
-        raise UsageError(split.refusal)
-    typed = parse_flags(split.argv, (Options, *RUN_GROUPS), prog="verify_correctness.py", description=summary)
+    summary = (__doc__ or "").splitlines()[0]
+    typed, _ = parse_run(argv, prog="verify_correctness.py", description=summary, further=[Options])
     (options,) = build([Options], typed)
     if not typed.get("load"):
         raise UsageError("--load is missing: the checkpoint, or Hugging Face folder, to compare")

@@ -8,7 +8,7 @@ The entries of a safetensors file may be slices of larger tensors. Its metadata 
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,31 +107,37 @@ class SafetensorsFile:
             data, offset = data[count:], offset + count
 
 
-class PickledFile:
-    """A `.bin` file as PyTorch saves a dictionary of tensors; loaded with `weights_only`, mapped into memory.
+@dataclass(frozen=True)
+class MappedFile:
+    """Tensors of the file `path`, mapped into memory, by name."""
 
-    Raises:
-        ValueError: it is damaged, or holds anything else.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # whatever a damaged or hostile pickle makes of itself
-            raise ValueError(f"{path}: not a file of plain tensors: {error}") from error
-        if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
-            for name, tensor in tensors.items()
-        ):
-            raise ValueError(f"{path}: not a dictionary of tensors")
-        self._tensors: dict[str, Tensor] = tensors
+    path: Path
+    tensors: Mapping[str, Tensor]
 
     def contents(self) -> Iterator[Content]:
         """All entries."""
-        for name, tensor in self._tensors.items():
+        for name, tensor in self.tensors.items():
             shape = tuple(tensor.shape)
             yield Content(name, (0,) * tensor.ndim, shape, shape, tensor.dtype)
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
         """A part of an entry."""
-        return self._tensors[name][ranges]
+        return self.tensors[name][ranges]
+
+
+def map_pickled(path: Path) -> MappedFile:
+    """A `.bin` file as PyTorch saves a dictionary of tensors; loaded with `weights_only`.
+
+    Raises:
+        ValueError: it is damaged, or holds anything else.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile pickle makes of itself
+        raise ValueError(f"{path}: not a file of plain tensors: {error}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        for name, tensor in tensors.items()
+    ):
+        raise ValueError(f"{path}: not a dictionary of tensors")
+    return MappedFile(path, tensors)

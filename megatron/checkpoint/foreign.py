@@ -5,22 +5,22 @@ Both are pickles, cut into tensor shards. They are mapped into memory and read r
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from megatron.checkpoint.files import Content, Ranges
+from megatron.checkpoint.files import MappedFile
 from megatron.checkpoint.folder import RELEASE, TRACKER, folder_name
-from megatron.checkpoint.formed import FormedStore, formed_shape
+from megatron.checkpoint.formed import FormedStore, check_shapes, formed_shape
 from megatron.checkpoint.pickles import Inert, read_pickle
 from megatron.checkpoint.store import Piece, SlicedStore, TensorStore
 from megatron.config import ModelConfig
 from megatron.hf import meta, reference
 from megatron.hf.config import architecture
-from megatron.hf.forms import Source
+from megatron.hf.forms import Source, by_target
 from megatron.hf.rows import parameter_shapes
 from megatron.tokenizer.sentencepiece import MODEL_FILE
 
@@ -48,24 +48,6 @@ class Foreign:
     weights: TensorStore
     tokenizer_folder: Path | None
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class MappedFile:
-    """Tensors of the file `path`, mapped into memory, by the names they have in the model."""
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-
-    def contents(self) -> Iterator[Content]:
-        """All entries."""
-        for name, tensor in self.tensors.items():
-            shape = tuple(tensor.shape)
-            yield Content(name, (0,) * tensor.ndim, shape, shape, tensor.dtype)
-
-    def read(self, name: str, ranges: Ranges) -> Tensor:
-        """A part of an entry."""
-        return self.tensors[name][ranges]
 
 
 def is_meta(folder: Path) -> bool:
@@ -286,20 +268,12 @@ def _without_tied_copy(stored: SlicedStore, path: Path) -> SlicedStore:
 
 def _formed(stored: SlicedStore, model: ModelConfig, source: Callable[[str], Source], described: Path) -> FormedStore:
     """Our tensors, of files that hold exactly those of the model that `described` describes, in their shapes."""
-    shapes = parameter_shapes(model, 1)
+    shapes = parameter_shapes(model, stored.shape(source("embedding.weight").name)[0])
     sources = {name: source(name) for name in shapes}
-    vocab_size = stored.shape(sources["embedding.weight"].name)[0]
-    targets: dict[str, dict[str, Source]] = {}
-    for name, place in sources.items():
-        targets.setdefault(place.name, {})[name] = place
-    shapes = parameter_shapes(model, vocab_size)
-    expected = {name: formed_shape(shapes, parts) for name, parts in targets.items()}
+    expected = {name: formed_shape(shapes, parts) for name, parts in by_target(sources).items()}
     found = stored.shapes.keys()
     for what, names in {"lack": expected.keys() - found, "have unknown": found - expected.keys()}.items():
         if names:
             raise ValueError(f"{described}: the files {what} weights: {', '.join(sorted(names)[:5])}")
-    for name, shape in expected.items():
-        if stored.shape(name) != shape:
-            should = f"but by {described} it should be {list(shape)}"
-            raise ValueError(f"{stored.folder}: {name} is {list(stored.shape(name))}, {should}")
+    check_shapes(stored, expected, described)
     return FormedStore(stored, sources)

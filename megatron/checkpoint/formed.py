@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.files import Ranges
-from megatron.checkpoint.store import TensorStore
+from megatron.checkpoint.store import SlicedStore, TensorStore
 from megatron.hf.forms import Rows, Source
 
 
@@ -70,6 +70,14 @@ def formed_shape(shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Sour
     first, source = next(iter(parts.items()))
     shape = (sum(shapes[name][0] for name in parts), *shapes[first][1:])
     return shape[::-1] if source.transposed else shape
+
+
+def check_shapes(stored: SlicedStore, expected: Mapping[str, tuple[int, ...]], described: object) -> None:
+    """Raise `ValueError` for the first tensor that has not the shape that the file `described` gives it."""
+    for name, shape in expected.items():
+        if stored.shape(name) != shape:
+            should = f"but by {described} it should be {list(shape)}"
+            raise ValueError(f"{stored.folder}: {name} is {list(stored.shape(name))}, {should}")
 
 
 def formed(weights: TensorStore, parts: Mapping[str, Source]) -> Tensor:

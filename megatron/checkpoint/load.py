@@ -9,7 +9,7 @@ import torch
 
 from megatron.checkpoint.folder import RELEASE, RUN, TRACKER, damage, iteration_folders, newest_whole
 from megatron.checkpoint.foreign import Foreign, is_meta, open_meta, open_reference, reference_folder
-from megatron.checkpoint.formed import FormedStore, formed_shape
+from megatron.checkpoint.formed import FormedStore, check_shapes, formed_shape
 from megatron.checkpoint.save import state_name
 from megatron.checkpoint.store import SlicedStore, TensorStore, open_files
 from megatron.checkpoint.vocabulary import vocabulary_size
@@ -190,12 +190,10 @@ def _check_form(
         if difference:
             some = ", ".join(sorted(difference)[:5])
             raise ValueError(f"{folder} {what} weights: {some}{', ...' if len(difference) > 5 else ''}")
-    for name, shape in expected.items():
+    for name in expected:
         if stored.dtype(name) not in WEIGHT_DTYPES:
             raise ValueError(f"{folder}: {name} is of {stored.dtype(name)}; only {WEIGHT_DTYPES} are supported")
-        if stored.shape(name) != shape:
-            should = f"but by {HF_CONFIG} it should be {list(shape)}"
-            raise ValueError(f"{folder}: {name} is {list(stored.shape(name))}, {should}")
+    check_shapes(stored, expected, HF_CONFIG)
 
 
 def _hf_files(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.files import OFFSETS, SHAPES, PickledFile, Ranges, SafetensorsFile, TensorFile
+from megatron.checkpoint.files import OFFSETS, SHAPES, Ranges, SafetensorsFile, TensorFile, map_pickled
 from megatron.checkpoint.safetensors_file import Entry, SafetensorsWriter
 
 BLOCK_ROWS = 4096
@@ -211,7 +211,7 @@ def open_files(folder: Path, files: Sequence[Path]) -> SlicedStore:
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for path in files:
-        file: TensorFile = PickledFile(path) if path.suffix == ".bin" else SafetensorsFile(path)
+        file: TensorFile = map_pickled(path) if path.suffix == ".bin" else SafetensorsFile(path)
         for content in file.contents():
             name, whole, dtype = content.name, content.whole, content.dtype
             known = shapes.setdefault(name, whole), dtypes.setdefault(name, dtype)

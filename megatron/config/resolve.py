@@ -28,8 +28,10 @@ ARCHITECTURE = ("num_layers", "hidden_size", "num_attention_heads", "max_positio
 """Fields without a default."""
 
 
-def parse_run(argv: Sequence[str], *, prog: str, description: str) -> tuple[dict[str, Any], list[str]]:
-    """The typed flags of a training run, and lines to tell the user of flags without effect.
+def parse_run(
+    argv: Sequence[str], *, prog: str, description: str, further: Sequence[type] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """The typed flags of a training run, and of `further` groups, and lines to tell the user of flags without effect.
 
     Raises:
         UsageError: an unknown, refused or malformed flag.
@@ -37,7 +39,7 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str) -> tuple[dict
     split = sort_out([with_underscores(word) for word in argv])
     if split.refusal:
         raise UsageError(split.refusal)
-    return parse_flags(split.argv, RUN_GROUPS, prog=prog, description=description), split.notes
+    return parse_flags(split.argv, (*further, *RUN_GROUPS), prog=prog, description=description), split.notes
 
 
 def resolve_run(typed: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> RunConfig:

@@ -80,7 +80,9 @@ def llama_form(name: str, model: ModelConfig) -> Source:
 def falcon_form(name: str, model: ModelConfig) -> Source:
     """q, k and v are fused, group by group: its query heads, its key head, its value head."""
     theirs = translate(name, FALCON_TWO_NORMS if model.parallel_layernorm else FALCON)
-    return Source(theirs, _grouped_rows(_part(name), model))
+    part, size = _part(name), model.kv_channels
+    assert size
+    return Source(theirs, grouped_rows(part, model, np.arange(size)) if part else None)
 
 
 def gpt2_form(name: str, model: ModelConfig) -> Source:
@@ -98,15 +100,14 @@ def _part(name: str) -> str:
     return module if module in ("q", "k", "v") else ""
 
 
-def _grouped_rows(part: str, model: ModelConfig) -> Rows | None:
-    if not part:
-        return None
+def grouped_rows(part: str, model: ModelConfig, within: Rows) -> Rows:
+    """The rows of q, k or v where they are fused group by group, each head's in the order `within`."""
     heads, groups, size = model.num_attention_heads, model.num_attention_heads_kv, model.kv_channels
     assert heads and groups and size
     queries = heads // groups
     places = {"q": np.arange(queries), "k": np.array([queries]), "v": np.array([queries + 1])}[part]
     taken = np.arange(groups)[:, None] * (queries + 2) + places  # [groups, heads of the part]
-    return (taken.reshape(-1, 1) * size + np.arange(size)).ravel()
+    return (taken.reshape(-1, 1) * size + within).ravel()
 
 
 FORMS: Mapping[str, Form] = {
@@ -138,7 +139,12 @@ def sources(model_type: str, model: ModelConfig, names: Iterable[str]) -> dict[s
 
 def targets(model_type: str, model: ModelConfig, names: Iterable[str]) -> dict[str, dict[str, Source]]:
     """Their tensor -> those of ours that it is made of, each with its place in it."""
+    return by_target(sources(model_type, model, names))
+
+
+def by_target(places: Mapping[str, Source]) -> dict[str, dict[str, Source]]:
+    """The same of tensors of ours whose places are known."""
     table: dict[str, dict[str, Source]] = {}
-    for name, source in sources(model_type, model, names).items():
+    for name, source in places.items():
         table.setdefault(source.name, {})[name] = source
     return table

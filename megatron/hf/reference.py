@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron.config import FAMILIES, ModelConfig
-from megatron.hf.forms import Rows, Source
+from megatron.hf.forms import Rows, Source, grouped_rows
 from megatron.hf.meta import paired_rows
 from megatron.hf.rows import translate
 
@@ -137,21 +137,12 @@ def reference_source(name: str, model: ModelConfig, ranks: int) -> Source:
     theirs = translate(name, TWO_NORMS if model.parallel_layernorm else REFERENCE)
     part = name.split(".")[-2]
     if part in ("q", "k", "v"):
-        return Source(theirs, _grouped_rows(part, model))
+        size = model.kv_channels
+        assert size
+        return Source(theirs, grouped_rows(part, model, np.arange(size) if part == "v" else paired_rows(size)))
     if part in ("gate", "up") and model.glu_activation:
         return Source(theirs, _glu_rows(part, model, ranks))
     return Source(theirs)
-
-
-def _grouped_rows(part: str, model: ModelConfig) -> Rows:
-    """Group by group its query heads, its key head, its value head; rotary dimensions of q and k in pairs."""
-    heads, groups, size = model.num_attention_heads, model.num_attention_heads_kv, model.kv_channels
-    assert heads and groups and size
-    queries = heads // groups
-    places = {"q": np.arange(queries), "k": np.array([queries]), "v": np.array([queries + 1])}[part]
-    taken = np.arange(groups)[:, None] * (queries + 2) + places  # [groups, heads of the part]
-    within = np.arange(size) if part == "v" else paired_rows(size)
-    return (taken.reshape(-1, 1) * size + within).ravel()
 
 
 def _glu_rows(part: str, model: ModelConfig, ranks: int) -> Rows:

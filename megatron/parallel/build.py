@@ -83,6 +83,14 @@ class ParallelModel:
     token_ranks: int = 1
     full_sharding: bool = False
 
+    def hidden_shape(self, tokens: int) -> torch.Size:
+        """Of this rank's part of the hidden state of a micro batch of `tokens`."""
+        return torch.Size((tokens // self.token_ranks, self.hidden_size))
+
+    def hidden_room(self, tokens: int, device: torch.device) -> Tensor:
+        """An empty tensor for this rank's part of a hidden state, or of its gradient."""
+        return torch.empty(self.hidden_shape(tokens), dtype=self.hidden_dtype, device=device)
+
     @torch.no_grad()
     def fill(self, read: Read) -> None:
         """Give every parameter its values; `read` is asked only for what this rank holds."""

@@ -146,8 +146,7 @@ class _StagePasses:
 
     def room(self, action: Action) -> Tensor:
         """For a hidden state or its gradient, this rank's tokens of it."""
-        tokens = len(self.micro_batches[action.micro_batch].tokens) // self.model.token_ranks
-        return torch.empty(tokens, self.model.hidden_size, dtype=self.model.hidden_dtype, device=self.device)
+        return self.model.hidden_room(len(self.micro_batches[action.micro_batch].tokens), self.device)
 
     def _forward(self, action: Action, hidden: Tensor | None) -> Tensor | None:
         torch.manual_seed(hash((*self.seeds, action.micro_batch, action.virtual_stage)) % 2**63)

@@ -19,6 +19,7 @@ from megatron.model import Model
 from megatron.model.attention import Documents
 from megatron.model.rotary import Rotary
 from megatron.parallel.build import sharded_modules
+from megatron.parallel.device import to_device
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.pipeline import run_pipeline
@@ -78,7 +79,7 @@ def hidden_states(
     _forward(engine, micro_batches[mesh.rank("dp")])
     for part, run_layers in zip(parts, usual, strict=True):
         part.run_layers = run_layers
-    shape = torch.Size((len(micro_batches[data_rank].tokens) // model.token_ranks, model.hidden_size))
+    shape = model.hidden_shape(len(micro_batches[data_rank].tokens))
     places = [(EMBEDDING, 0), *((n, v % mesh.size("pp")) for v, layers in enumerate(layers_of_stages) for n in layers)]
     whole = {}
     for number, stage in places:
@@ -109,7 +110,7 @@ class _LogitPasses:
         """The hidden state for the next virtual stage; the last one keeps the logits."""
         engine, rows = self.engine, self.micro_batch
         tokens, positions, bounds = (
-            torch.as_tensor(array).to(engine.mesh.device) for array in (rows.tokens, rows.positions, rows.cu_seqlens)
+            to_device(array, engine.mesh.device) for array in (rows.tokens, rows.positions, rows.cu_seqlens)
         )
         part = engine.model.chunks[engine.pipeline.chunk(action)]
         result: Tensor = part(tokens, positions, bounds, rows.max_seqlen, hidden=received)
@@ -120,9 +121,7 @@ class _LogitPasses:
 
     def room(self, action: Action) -> Tensor:
         """For a hidden state, this rank's tokens of it."""
-        model = self.engine.model
-        tokens = len(self.micro_batch.tokens) // model.token_ranks
-        return torch.empty(tokens, model.hidden_size, dtype=model.hidden_dtype, device=self.engine.mesh.device)
+        return self.engine.model.hidden_room(len(self.micro_batch.tokens), self.engine.mesh.device)
 
 
 def _run_and_keep(

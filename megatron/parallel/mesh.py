@@ -6,12 +6,14 @@ world of 8, --tensor_model_parallel_size 2           stage 0                 sta
                                     data 1          2          3            6          7
 """
 
+import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,8 @@ from megatron.config import ModelConfig, ParallelConfig, UsageError
 from megatron.parallel.device import rank_device
 from megatron.parallel.plan import check_layout, virtual_stages
 
+P = ParamSpec("P")
+R = TypeVar("R")
 DIMENSIONS = ("pp", "dp", "tp")
 TIMEOUT = timedelta(minutes=30)
 
@@ -75,6 +79,10 @@ class Mesh:
 
     ranks: DeviceMesh
     device: torch.device
+
+    def __str__(self) -> str:
+        sizes = f"{self.size('tp')} tensor x {self.size('pp')} pipeline x {self.size('dp')} data"
+        return f"{self.ranks.size()} ranks on {self.device.type}: {sizes}"
 
     def size(self, dimension: str) -> int:
         """Number of ranks along "pp", "dp" or "tp"."""
@@ -140,6 +148,21 @@ def open_mesh(layout: Layout, backend: str) -> Iterator[Mesh]:
     yield Mesh(init_device_mesh(device.type, shape, mesh_dim_names=DIMENSIONS), device)
     if joins:  # not after an error: leaving a group in which others wait would wait for them, and hide the error
         dist.destroy_process_group()
+
+
+def leaves_no_group(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates what opens a mesh, so that nothing of it is left when it has returned.
+
+    A process group of gloo that lives on to the end of the process may abort it there (torch 2.13).
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        result = function(*args, **kwargs)
+        gc.collect()
+        return result
+
+    return run
 
 
 def _join(backend: str) -> None:

@@ -1,6 +1,5 @@
 """From a configuration to a run: everything it is made of, built in one readable order."""
 
-import gc
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from megatron.optim.schedule import ParameterSchedule
 from megatron.parallel.build import ParallelModel, build_model
 from megatron.parallel.device import peak_tflops, synchronize
 from megatron.parallel.engine import Engine
-from megatron.parallel.mesh import Mesh, open_mesh, plan_layout, world_size_of
+from megatron.parallel.mesh import Mesh, leaves_no_group, open_mesh, plan_layout, world_size_of
 from megatron.parallel.plan import virtual_stages
 from megatron.tokenizer import Tokenizer, build_tokenizer, difference, read_description
 from megatron.tokenizer.description import SPECIAL_TOKENS_FILE
@@ -59,6 +58,7 @@ class Setting:
         return bool(self.checkpoint and self.checkpoint.iteration and not self.config.checkpoint.finetune)
 
 
+@leaves_no_group
 def run(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str] = ()) -> None:
     """Train, or with `--eval_only` evaluate, as `config` says.
 
@@ -70,11 +70,6 @@ def run(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str] =
     Raises:
         UsageError: the options do not fit the number of processes, the data or the checkpoint.
     """
-    _launch(config, checkpoint, notes)
-    gc.collect()  # a process group of gloo that lives on to the end of the process may abort it there (torch 2.13)
-
-
-def _launch(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str]) -> None:
     layout = plan_layout(world_size_of(os.environ), config.parallel, config.model)
     sizes = batch_size(config.training, layout.data)
     tokenizer, splits = build_tokenizer(config.tokenizer), build_instruction_splits(config.data)
@@ -151,26 +146,32 @@ def _verify(setting: Setting) -> None:
         raise ValueError(f"checkpoint {checkpoint.folder} was changed after it was written: {names}")
 
 
+def row_options(config: RunConfig, mesh: Mesh, pad_id: int = 0) -> RowOptions:
+    """How the samples of a run become rows on this layout."""
+    data, training, stages = config.data, config.training, mesh.size("pp")
+    assert data.seq_length and training.micro_batch_size
+    return RowOptions(
+        micro_batch_size=training.micro_batch_size,
+        seq_length=data.seq_length,
+        variable_seq_lengths=data.variable_seq_lengths,
+        scalar_loss_mask=data.scalar_loss_mask,
+        pad_id=pad_id,
+        row_multiple=mesh.size("tp"),
+        least_micro_batches=MICRO_BATCHES_A_STAGE * stages if stages > 1 else 1,
+    )
+
+
 def _batches(setting: Setting, split: DataSplit, *, shuffled: bool) -> InstructionBatches:
-    data, training, mesh = setting.config.data, setting.config.training, setting.mesh
-    assert data.seq_length and training.micro_batch_size and data.packing
-    stages = mesh.size("pp")
+    data, mesh = setting.config.data, setting.mesh
+    assert data.packing
     return InstructionBatches(
         dataset=split.dataset,
         indices=split.indices,
-        rows=RowOptions(
-            micro_batch_size=training.micro_batch_size,
-            seq_length=data.seq_length,
-            variable_seq_lengths=data.variable_seq_lengths,
-            scalar_loss_mask=data.scalar_loss_mask,
-            pad_id=setting.tokenizer.pad_id or 0,
-            row_multiple=mesh.size("tp"),
-            least_micro_batches=MICRO_BATCHES_A_STAGE * stages if stages > 1 else 1,
-        ),
+        rows=row_options(setting.config, mesh, setting.tokenizer.pad_id or 0),
         packing=data.packing,
         data_parallel_rank=mesh.rank("dp"),
         data_parallel_size=mesh.size("dp"),
-        seed=training.seed,
+        seed=setting.config.training.seed,
         shuffled=shuffled,
         prefetching=shuffled and data.num_workers > 0,
     )
@@ -246,8 +247,7 @@ def _description(setting: Setting, model: ParallelModel) -> str:
         [
             f"{setting.config.model.model_name}: {parameters:,} parameters, vocabulary {setting.vocab_size:,}, "
             f"{str(model.compute_dtype).removeprefix('torch.')}, {model.kernel}",
-            f"{mesh.ranks.size()} ranks on {mesh.device.type}: {mesh.size('tp')} tensor x {mesh.size('pp')} pipeline x "
-            f"{mesh.size('dp')} data; global batch {setting.batch_size.full} samples",
+            f"{mesh}; global batch {setting.batch_size.full} samples",
             *_stages(setting),
             f"rows: {rows}",
             *_long_samples(setting),

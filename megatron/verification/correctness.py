@@ -1,6 +1,5 @@
 """Our model on the layout of a run beside Hugging Face's own: logits and loss of the same rows of data."""
 
-import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from megatron.checkpoint import Checkpoint
 from megatron.checkpoint.load import HF_CONFIG, read_json
 from megatron.config import RunConfig, UsageError
 from megatron.config.resolve import MEANINGS, SHAPES, flag_of
-from megatron.data import MicroBatch, RowOptions, build_instruction_splits
+from megatron.data import MicroBatch, build_instruction_splits
 from megatron.data.batch import Sample, ignored_rows
 from megatron.data.plan import LAYOUTS
 from megatron.hf.config import model_fields, vocabulary_size
@@ -22,9 +21,10 @@ from megatron.hf.hub import model_folder
 from megatron.parallel.build import build_model
 from megatron.parallel.engine import Engine
 from megatron.parallel.logits import hidden_states, whole_logits
-from megatron.parallel.mesh import open_mesh, plan_layout, world_size_of
+from megatron.parallel.mesh import leaves_no_group, open_mesh, plan_layout, world_size_of
 from megatron.parallel.plan import virtual_stages
 from megatron.tokenizer.chat import Role
+from megatron.training.launch import row_options
 from megatron.training.log import main_rank_writer
 from megatron.training.persistence import fill_model
 from megatron.verification.hugging_face import HuggingFaceModel
@@ -75,6 +75,7 @@ def compared_flags(typed: Mapping[str, Any]) -> dict[str, Any]:
     return {**SUPPLIED, **typed, **FIXED}
 
 
+@leaves_no_group
 def verify_correctness(
     config: RunConfig, checkpoint: Checkpoint, theirs: Theirs, *, rows: int, tolerance: float | None = None
 ) -> bool:
@@ -91,12 +92,6 @@ def verify_correctness(
         UsageError: the layout does not fit the number of processes, or the two are models of different sizes.
         ValueError: Hugging Face's model cannot be read.
     """
-    agrees = _verify(config, checkpoint, theirs, rows, tolerance)
-    gc.collect()  # a process group of gloo that lives on to the end of the process may abort it there (torch 2.13)
-    return agrees
-
-
-def _verify(config: RunConfig, checkpoint: Checkpoint, theirs: Theirs, rows: int, tolerance: float | None) -> bool:
     layout = plan_layout(world_size_of(os.environ), config.parallel, config.model)
     folder = model_folder(theirs.name, theirs.cache)
     differing = _differing_settings(config, checkpoint, folder)
@@ -110,8 +105,7 @@ def _verify(config: RunConfig, checkpoint: Checkpoint, theirs: Theirs, rows: int
         engine = Engine(model, mesh, seed=config.training.seed)
         precision = str(model.compute_dtype).removeprefix("torch.")
         say(
-            f"{mesh.ranks.size()} ranks on {mesh.device.type}: {mesh.size('tp')} tensor x {mesh.size('pp')} pipeline x "
-            f"{mesh.size('dp')} data; packing {config.data.packing}, {model.kernel}\n"
+            f"{mesh}; packing {config.data.packing}, {model.kernel}\n"
             f"ours:   {checkpoint.folder}, {config.model.model_name} in {precision}"
         )
         other = None
@@ -219,7 +213,7 @@ class Comparison:
 
     def rounds(self) -> list[list[Share]]:
         """Of each pass the shares of all data-parallel ranks; a rank without samples has an ignored micro batch."""
-        mesh, options = self.engine.mesh, self._options()
+        mesh, options = self.engine.mesh, row_options(self.config, self.engine.mesh)
         packing = self.config.data.packing
         assert packing
         numbers, starts = range(len(self.samples)), range(0, len(self.samples), options.micro_batch_size)
@@ -228,17 +222,6 @@ class Comparison:
         missing = -len(shares) % mesh.size("dp")
         shares += [Share((), ignored_rows(options))] * missing
         return [shares[start : start + mesh.size("dp")] for start in range(0, len(shares), mesh.size("dp"))]
-
-    def _options(self) -> RowOptions:
-        data, training = self.config.data, self.config.training
-        assert data.seq_length and training.micro_batch_size
-        return RowOptions(
-            micro_batch_size=training.micro_batch_size,
-            seq_length=data.seq_length,
-            variable_seq_lengths=data.variable_seq_lengths,
-            scalar_loss_mask=data.scalar_loss_mask,
-            row_multiple=self.engine.mesh.size("tp"),
-        )
 
     def _compare(self, shares: Sequence[Share]) -> list[RowDifference]:
         """The rows of one pass, on the main rank."""
@@ -254,7 +237,8 @@ class Comparison:
 
     def _places(self, share: Share) -> list[slice]:
         """Where in the micro batch the tokens of each of its samples are."""
-        lengths = self._options().input_tokens(np.array([len(self.samples[number][0]) for number in share.numbers]))
+        options = row_options(self.config, self.engine.mesh)
+        lengths = options.input_tokens(np.array([len(self.samples[number][0]) for number in share.numbers]))
         starts = share.rows.cu_seqlens[: len(lengths)]
         return [slice(int(start), int(start + length)) for start, length in zip(starts, lengths, strict=True)]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.checkpoint import Checkpoint
 from megatron.config import RunConfig
-from megatron.data import InstructionBatches, MicroBatch, RowOptions
+from megatron.data import InstructionBatches, MicroBatch
 from megatron.data.instruction import InstructionDataset
 from megatron.optim.groups import build_optimizer
 from megatron.optim.loss_scale import build_loss_scale
@@ -21,7 +21,7 @@ from megatron.parallel.mesh import Mesh
 from megatron.tokenizer import Tokenizer
 from megatron.training.batch_size import BatchSize
 from megatron.training.evaluate import Evaluator
-from megatron.training.launch import MICRO_BATCHES_A_STAGE
+from megatron.training.launch import row_options
 from megatron.training.persistence import Saver, fill_model, resume
 from megatron.training.state import TrainingState
 from megatron.training.timers import Timers
@@ -147,23 +147,15 @@ class Course:
 
 
 def _batches(config: RunConfig, samples: RandomSamples, mesh: Mesh) -> InstructionBatches:
-    data, training, stages = config.data, config.training, mesh.size("pp")
-    assert data.seq_length and data.packing and training.micro_batch_size
+    assert config.data.packing
     return InstructionBatches(
         dataset=cast(InstructionDataset, samples),
         indices=np.arange(len(samples)),
-        rows=RowOptions(
-            micro_batch_size=training.micro_batch_size,
-            seq_length=data.seq_length,
-            variable_seq_lengths=data.variable_seq_lengths,
-            scalar_loss_mask=data.scalar_loss_mask,
-            row_multiple=mesh.size("tp"),
-            least_micro_batches=MICRO_BATCHES_A_STAGE * stages if stages > 1 else 1,
-        ),
-        packing=data.packing,
+        rows=row_options(config, mesh),
+        packing=config.data.packing,
         data_parallel_rank=mesh.rank("dp"),
         data_parallel_size=mesh.size("dp"),
-        seed=training.seed,
+        seed=config.training.seed,
     )
 
 

@@ -24,10 +24,9 @@ def description(config: RunConfig, small: RunConfig, vocab_size: int, mesh: Mesh
         str(model.compute_dtype).removeprefix("torch."),
         model.kernel,
     ]
-    sizes = f"{mesh.size('tp')} tensor x {mesh.size('pp')} pipeline x {mesh.size('dp')} data"
     return "\n".join(
         [
-            f"{mesh.ranks.size()} ranks on {mesh.device.type}: {sizes}; {', '.join(extras)}",
+            f"{mesh}; {', '.join(extras)}",
             f"{config.model.model_name}, hidden size {config.model.hidden_size}, stands here as: layers "
             f"{' + '.join(map(str, stages))}, hidden size {tiny.hidden_size}, {tiny.num_attention_heads} heads, "
             f"{tiny.num_attention_heads_kv} key/value heads, vocabulary {vocab_size}; "

@@ -1,6 +1,5 @@
 """A verification from end to end: shrink, train on the mesh and plainly, compare, say what was found."""
 
-import gc
 import os
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint import open_checkpoint
 from megatron.config import RunConfig
-from megatron.parallel.mesh import Mesh, open_mesh, plan_layout, world_size_of
+from megatron.parallel.mesh import Mesh, leaves_no_group, open_mesh, plan_layout, world_size_of
 from megatron.training.log import main_rank_writer
 from megatron.verification.checks import compare_packings, compare_resumed, compare_with_plain
 from megatron.verification.course import Course, MeshStep
@@ -30,18 +29,13 @@ SAVED_AFTER = 1
 OTHER_PACKING = {"none": "padding_free", "padding_free": "none"}
 
 
+@leaves_no_group
 def verify(config: RunConfig) -> bool:
     """Whether a tiny model trains on the layout of `config` as on one device; says so on the main rank's output.
 
     Raises:
         UsageError: the layout does not fit the number of processes or the model.
     """
-    agrees = _verify(config)
-    gc.collect()  # a process group of gloo that lives on to the end of the process may abort it there (torch 2.13)
-    return agrees
-
-
-def _verify(config: RunConfig) -> bool:
     layout = plan_layout(world_size_of(os.environ), config.parallel, config.model)
     small, vocab_size = shrink(config, layout), vocabulary(layout.tensor)
     size = small.training.global_batch_size

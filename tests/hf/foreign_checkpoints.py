@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tiny_families import FALCON, GROUPED, LLAMA, LLAMA3
+from tiny_families import FALCON, GROUPED, LLAMA, LLAMA3, save_random
 from tiny_llamas import filled_model, logits
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from megatron.checkpoint import open_checkpoint
 from megatron.checkpoint.export import export, logits_difference
@@ -47,16 +47,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tiny_model(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
     """A model with random weights, norms too, saved in `folder` as `transformers` does."""
-    torch.manual_seed(5)
     kind, settings = MODELS[name]
-    config = AutoConfig.for_model(kind, **{**settings, **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.normal_(0.0 if parameter_name.endswith("bias") else 1.0, 0.3)
-    model.save_pretrained(folder)
-    return model
+    return save_random(folder, kind, {**settings, **changes}, seed=5)
 
 
 def in_pairs(weight: Tensor, heads: int) -> Tensor:

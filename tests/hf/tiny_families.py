@@ -1,5 +1,6 @@
 """Tiny random models of `transformers`, of every family and variant, in its own folders."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def save_family(folder: Path, variant: str, **changes: Any) -> PreTrainedModel:
     """A model with random weights, norms and biases too, saved in `folder`; `changes` are of its configuration."""
-    torch.manual_seed(3)
     kind, settings = FAMILIES[variant]
-    config = AutoConfig.for_model(kind, **{**settings, **changes})
+    return save_random(folder, kind, {**settings, **changes}, seed=3)
+
+
+def save_random(folder: Path, kind: str, settings: Mapping[str, Any], seed: int) -> PreTrainedModel:
+    """A model of `model_type` `kind` with random weights, norms and biases too, saved as `transformers` does."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
