@@ -15,6 +15,7 @@ The index, little endian:
 """
 
 import struct
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,7 +39,12 @@ DTYPES: dict[int, np.dtype[Any]] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 SMALL_VOCABULARY = 65500
-CHECK_BLOCK = 1 << 20
+CHECK_BLOCK = 1 << 14
+"""Sequences that are checked at a time: few enough to stay in the processor's cache."""
+BLOCK = 1 << 20
+"""Sequences whose pointers are held at a time."""
+COPY_BLOCK = 1 << 24
+"""Bytes of a token file."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -49,6 +55,11 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def data_files(prefix: str | Path) -> tuple[Path, Path]:
     """The two files (`.bin`, `.idx`) of the indexed dataset at `prefix`."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+def tokenizer_file(prefix: str | Path) -> Path:
+    """The file that describes the tokenizer of the data that training names `prefix`; other tools' data has none."""
+    return Path(f"{prefix}-tokenizer.json")
 
 
 class IndexedDataset:
@@ -70,7 +81,7 @@ class IndexedDataset:
         self.dtype, self.sizes, self._pointers, self.doc_idx = _read_index(self.idx_path)
         self._check()
         self._data: Array = (
-            np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+            np.asarray(np.memmap(self.bin_path, dtype=self.dtype, mode="r"))
             if self.bin_path.stat().st_size
             else np.empty(0, self.dtype)
         )
@@ -86,6 +97,15 @@ class IndexedDataset:
         start = int(self._pointers[index]) // self.dtype.itemsize
         return self._data[start : start + int(self.sizes[index])]
 
+    def starts(self, sequences: Array) -> Array:
+        """Where sequences begin in the token file, in elements, int64; sequence N would begin where the file ends."""
+        pointers = self._pointers[np.minimum(sequences, len(self) - 1)] // self.dtype.itemsize
+        return np.where(sequences < len(self), pointers, len(self._data))
+
+    def elements(self, start: int, stop: int) -> Array:
+        """Elements `start .. stop` of the token file, read-only."""
+        return self._data[start:stop]
+
     def _check(self) -> None:
         """Raise `ValueError` unless sizes, pointers, documents and the length of the token file agree."""
         if len(self.sizes) and int(self.sizes.min()) < 0:
@@ -98,7 +118,7 @@ class IndexedDataset:
                 "one of them is cut off, or they are not from the same run"
             )
         documents = self.doc_idx
-        in_order = len(documents) > 0 and documents[0] == 0 and bool((np.diff(documents) >= 0).all())
+        in_order = len(documents) > 0 and documents[0] == 0 and bool((documents[1:] >= documents[:-1]).all())
         if not in_order or documents[-1] > len(self):
             raise ValueError(f"{self.idx_path}: doc_idx does not rise from 0 to at most {len(self)} sequences")
 
@@ -134,14 +154,15 @@ def _check_pointers(path: Path, sizes: Array, pointers: Array, itemsize: int) ->
     """Raise `ValueError` unless each sequence starts where the one before ends; the end of the last, in bytes."""
     end = 0
     for start in range(0, len(sizes), CHECK_BLOCK):
-        ends = end + np.cumsum(sizes[start : start + CHECK_BLOCK], dtype=np.int64) * itemsize
-        starts = np.concatenate([np.array([end], np.int64), ends[:-1]])
-        wrong = np.flatnonzero(starts != pointers[start : start + CHECK_BLOCK])
-        if len(wrong):
-            first = int(wrong[0])
+        starts = np.array(pointers[start : start + CHECK_BLOCK])  # copied: it is not aligned in the file
+        ends = starts + np.array(sizes[start : start + CHECK_BLOCK]) * np.int64(itemsize)
+        wrong = starts[0] != end or bool((starts[1:] != ends[:-1]).any())
+        if wrong:
+            expected = np.append(end, ends[:-1])
+            first = int(np.flatnonzero(starts != expected)[0])
             raise ValueError(
-                f"{path}: sequence {start + first} is said to start at byte {int(pointers[start + first]):,}, "
-                f"but the sequences before it end at {int(starts[first]):,}"
+                f"{path}: sequence {start + first} is said to start at byte {int(starts[first]):,}, "
+                f"but the sequences before it end at {int(expected[first]):,}"
             )
         end = int(ends[-1])
     return end
@@ -157,9 +178,9 @@ def _read_through(path: Path) -> None:
 class IndexedWriter:
     """Writes an indexed dataset; nothing appears under its final name before `publish_datasets`.
 
-    As a context manager it publishes itself at the end and leaves nothing behind on an error. `reference_doc_idx`
-    writes `doc_idx = [0]`, as the instruction files of the reference have it, instead of `[0 .. N]`, which every reader
-    takes.
+    As a context manager it publishes itself at the end and leaves nothing behind on an error. Each sequence is a
+    document; `reference_doc_idx` writes `doc_idx = [0]`, as the instruction files of the reference have it, instead of
+    `[0 .. N]`, which every reader takes. `len` is the number of sequences.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype[Any] | str, *, reference_doc_idx: bool = False) -> None:
@@ -168,6 +189,8 @@ class IndexedWriter:
             raise ValueError(f"token files cannot hold elements of type {self.dtype}")
         self._reference_doc_idx = reference_doc_idx
         self._sizes: list[Array] = []
+        self._sequences = 0
+        self._documents: list[tuple[range | Array, int]] = [(range(1), 0)]  # entries, and what to add to each
         bin_path, idx_path = data_files(prefix)
         self._bin = Partial(bin_path)
         try:
@@ -175,6 +198,9 @@ class IndexedWriter:
         except OSError:
             self._bin.discard()
             raise
+
+    def __len__(self) -> int:
+        return self._sequences
 
     def append(self, sequence: Array) -> None:
         """Add one sequence."""
@@ -193,17 +219,42 @@ class IndexedWriter:
             raise ValueError(f"{self._bin.path}: ids up to {int(values.max())} do not fit {self.dtype}")
         self._bin.file.write(np.ascontiguousarray(stored).data)
         self._sizes.append(sizes.astype("<i4"))
+        self._sequences += len(sizes)
+        if self._reference_doc_idx:
+            return
+        added, (last, _) = range(self._sequences - len(sizes) + 1, self._sequences + 1), self._documents[-1]
+        if isinstance(last, range) and last.stop == added.start:
+            self._documents[-1] = (range(last.start, added.stop), 0)
+        else:
+            self._documents.append((added, 0))
+
+    def copy(self, dataset: IndexedDataset, progress: Callable[[int], object]) -> None:
+        """Add all of a dataset of the same element type, its documents as they are; `progress` is told bytes copied."""
+        assert dataset.dtype == self.dtype
+        with dataset.bin_path.open("rb", buffering=0) as file:
+            while block := file.read(COPY_BLOCK):
+                progress(self._bin.file.write(block))
+        self._sizes.append(dataset.sizes)
+        self._documents.append((dataset.doc_idx[1:], self._sequences))
+        self._sequences += len(dataset)
 
     def finish(self) -> list[Partial]:
         """Write the index; returns the complete but still unpublished files, tokens first."""
-        sizes = np.concatenate([np.empty(0, "<i4"), *self._sizes])
-        ends = np.cumsum(sizes, dtype="<i8") * self.dtype.itemsize
-        pointers = np.concatenate([np.zeros(1, "<i8"), ends])[: len(sizes)]
-        doc_idx = np.zeros(1, "<i8") if self._reference_doc_idx else np.arange(len(sizes) + 1, dtype="<i8")
+        documents = sum(len(entries) for entries, _ in self._documents)
         file = self._idx.file
-        file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes), len(doc_idx)))
-        for array in (sizes, pointers, doc_idx):
-            file.write(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+        file.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], self._sequences, documents))
+        sizes = np.concatenate([np.empty(0, "<i4"), *self._sizes])
+        file.write(sizes.data)
+        end = 0
+        for start in range(0, len(sizes), BLOCK):
+            ends = end + np.cumsum(sizes[start : start + BLOCK], dtype="<i8") * self.dtype.itemsize
+            file.write(np.concatenate([np.array([end], "<i8"), ends[:-1]]).data)
+            end = int(ends[-1])
+        for entries, offset in self._documents:
+            for start in range(0, len(entries), BLOCK):
+                block = entries[start : start + BLOCK]
+                array = np.arange(block.start, block.stop) if isinstance(block, range) else block
+                file.write((array + offset).astype("<i8", copy=False).data)
         return [self._bin, self._idx]
 
     def discard(self) -> None:
@@ -223,11 +274,20 @@ class IndexedWriter:
             publish_datasets([self])
 
 
-def publish_datasets(writers: list[IndexedWriter]) -> None:
-    """Finish `writers` and give their files their final names, all of them or, on an error before that, none."""
+def publish_datasets(writers: Sequence[IndexedWriter], tokenizers: Mapping[Path, bytes] | None = None) -> None:
+    """Finish `writers` and give their files their final names, all of them or, on an error before that, none.
+
+    `tokenizers` are the contents of files that describe the tokenizers of the data, and appear with it.
+    """
+    partials: list[Partial] = []
     try:
-        publish([partial for writer in writers for partial in writer.finish()])
+        for path, content in (tokenizers or {}).items():
+            partials.append(Partial(path))
+            partials[-1].file.write(content)
+        publish([*partials, *(partial for writer in writers for partial in writer.finish())])
     except BaseException:
+        for partial in partials:
+            partial.discard()
         for writer in writers:
             writer.discard()
         raise

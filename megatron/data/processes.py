@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -30,7 +32,7 @@ def map_in_order(
 ) -> Generator[Result, None, None]:
     """`function(item)` of each item, in the order of `items`, computed by `workers` processes.
 
-    Items travel through a pipe and should be small. Close the generator (`contextlib.closing`) to end the processes
+    Items and results travel through a pipe. Close the generator (`contextlib.closing`) to end the processes
     early. Interrupts are the caller's business: workers ignore them.
 
     Raises:
@@ -107,17 +109,31 @@ def _serve(function: Callable[[Any], Any], connection: Connection, inherited: li
     """Work off what comes through `connection` until its other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores: threads would only compete
     # A copy of the parent's end here would keep a worker waiting for a parent that is gone.
     for copy in inherited:
         copy.close()
+    tasks: SimpleQueue[Any] = SimpleQueue()
+    # Were nobody to receive during the work, a large task and a large result could wait for each other.
+    threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
+    while (task := tasks.get()) is not None:
+        index, item = task
+        try:
+            result: Any = function(item)
+        except Exception as error:
+            if not isinstance(error, ValueError | OSError):  # those are for the user, who needs no traceback
+                error.add_note(traceback.format_exc())
+            result = error
+        try:
+            connection.send((index, result))
+        except OSError:
+            return
+
+
+def _receive(connection: Connection, tasks: SimpleQueue[Any]) -> None:
+    """Put the tasks that come into the queue, and None when no more can."""
     try:
         while True:
-            index, item = connection.recv()
-            try:
-                result: Any = function(item)
-            except Exception as error:
-                error.add_note(traceback.format_exc())
-                result = error
-            connection.send((index, result))
+            tasks.put(connection.recv())
     except (EOFError, OSError):
-        return
+        tasks.put(None)

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -14,7 +15,7 @@ class Partial:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._written = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._written = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
         self.file = self._written.open("wb")
 
     def close(self) -> None:
@@ -50,3 +51,14 @@ def publish(partials: list[Partial]) -> None:
             partial.place()
     for partial in indexes:
         partial.place()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file that appears whole or not at all, replacing what was there."""
+    partial = Partial(path)
+    try:
+        partial.file.write(content)
+        publish([partial])
+    except BaseException:
+        partial.discard()
+        raise

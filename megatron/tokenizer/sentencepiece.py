@@ -4,12 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from megatron.tokenizer.base import Array
 from megatron.tokenizer.description import SPECIAL_TOKENS_FILE as SPECIAL_TOKENS_FILE
 from megatron.tokenizer.description import read_special_tokens, write_description
-from megatron.tokenizer.special import SpecialStrings, extra_ids, fingerprint, register
+from megatron.tokenizer.special import SpecialStrings, extra_ids, fingerprint, placed, register
+from megatron.tokenizer.words import SPACE, PlacedWordMemo, WordMemo, words_are_apart
 
 MODEL_FILE = "tokenizer.model"
 ADDED = ("<CLS>", "<SEP>", "<EOD>", "<MASK>")
@@ -23,6 +25,7 @@ class SentencePieceTokenizer:
     """
 
     tokenizer_type = "SentencePieceTokenizer"
+    chat_template: str | None = None
 
     def __init__(self, model: bytes, special_tokens: Mapping[str, int], *, source: str = MODEL_FILE) -> None:
         self._model = model
@@ -91,8 +94,42 @@ class SentencePieceTokenizer:
         return self._special.encode(texts, self._encode_pieces) if special else self._encode_pieces(texts)
 
     def _encode_pieces(self, texts: Sequence[str]) -> list[Array]:
+        return self._words.encode(texts) if self._words else self._encode_whole(texts)
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[Array]:
         arrays: list[Array] = self._processor.encode(list(texts), return_type="numpy", num_threads=1) if texts else []
         return arrays
+
+    def encode_offsets(self, texts: Sequence[str]) -> list[Array]:
+        """Ids of each text, and where each token begins and ends, int32 [n, 3]; see `Tokenizer`."""
+        return self._special.encode_offsets(texts, self._encode_pieces_offsets)
+
+    def _encode_pieces_offsets(self, texts: Sequence[str]) -> list[Array]:
+        if self._placed_words:
+            return [rows.reshape(-1, 3) for rows in self._placed_words.encode(texts)]
+        return self._encode_whole_offsets(texts)
+
+    def _encode_whole_offsets(self, texts: Sequence[str]) -> list[Array]:
+        encoded = self._processor.encode(list(texts), return_type="offset_mapping", num_threads=1)
+        return [placed(one["ids"], one["offsets"]) for one in encoded]
+
+    @cached_property
+    def _mark(self) -> int | None:
+        """The id of the space mark, if words can be encoded one by one."""
+        return self._processor.piece_to_id(SPACE) if words_are_apart(self._model) else None
+
+    @cached_property
+    def _words(self) -> WordMemo | None:
+        return None if self._mark is None else WordMemo(self._encode_whole, np.array([self._mark], np.int32))
+
+    @cached_property
+    def _placed_words(self) -> PlacedWordMemo | None:
+        mark = None if self._mark is None else np.array([self._mark, 0, 0], np.int32)
+        return None if mark is None else PlacedWordMemo(self._encode_whole_offsets, mark)
+
+    def hide_special(self, text: str) -> str:
+        """Make the special strings in `text` ordinary for `encode_offsets`; see `Tokenizer`."""
+        return self._special.hide(text)
 
     def special_strings_in(self, text: str) -> list[str]:
         """The special strings that `encode` would find in `text`, in order."""

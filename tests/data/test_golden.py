@@ -5,12 +5,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron.config import PreprocessConfig
+from megatron.data.documents import DocumentEncoder
 from megatron.data.instruction import InstructionDataset
+from megatron.data.merge import merge_datasets
 from megatron.data.preprocess import preprocess
 from megatron.data.rows import RowEncoder, RowFormat
+from megatron.data.sources import find_sources
 from megatron.tokenizer.sentencepiece import SentencePieceTokenizer
 
 FILES = [f"{half}.{suffix}" for half in ("text", "role") for suffix in ("bin", "idx")]
@@ -33,9 +38,8 @@ def run(
         new_tokens=new_tokens,
     )
     encoder = RowEncoder(tokenizer, ROW_FORMAT)
-    preprocess(
-        [jsonl], str(prefix), encoder, vocab_size=tokenizer.vocab_size, workers=2, reference_doc_idx=reference_doc_idx
-    )
+    options = PreprocessConfig(input=(str(jsonl),), output_prefix=str(prefix), workers=2)
+    preprocess(find_sources(options), encoder, options, reference_doc_idx=reference_doc_idx)
 
 
 @pytest.mark.parametrize("name", ["edge", "edge_nnt"])
@@ -56,23 +60,17 @@ def test_real_data_has_the_bytes_of_the_reference(name: str, shared_data: Path, 
         assert hashlib.sha256(content).hexdigest() == digests[f"{name}-{file}"], file
 
 
-@pytest.fixture(scope="session")
-def megatron_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with NVIDIA's package, whose name is ours too."""
-    folder = tmp_path_factory.mktemp("megatron_core")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--retries=1"]
-    try:
-        done = subprocess.run(
-            [*command, "--timeout=20", "--target", str(folder), "megatron-core==0.16.0"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    except subprocess.TimeoutExpired:
-        pytest.skip("pip took too long to fetch megatron-core==0.16.0")
-    if done.returncode:
-        pytest.skip(f"pip cannot fetch megatron-core==0.16.0: {done.stderr.strip()[-200:]}")
-    return folder
+def read_by_nvidia(megatron_core: Path, *prefixes: Path) -> list[list[Any]]:
+    """Sequences and document indices of each dataset."""
+    done = subprocess.run(
+        [sys.executable, "-c", READER, *map(str, prefixes)],
+        env={"PYTHONPATH": str(megatron_core), "PATH": "/usr/bin:/bin", "HOME": str(prefixes[0].parent)},
+        cwd=prefixes[0].parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(prefixes) :]]
 
 
 @pytest.mark.slow
@@ -80,14 +78,23 @@ def test_nvidia_reader_reads_the_same(shared_data: Path, megatron_core: Path, tm
     jsonl = shared_data / "reference" / "golden" / "edge.jsonl"
     run(shared_data, jsonl, tmp_path / "rows", reference_doc_idx=False)
     dataset = InstructionDataset(tmp_path / "rows")
-    done = subprocess.run(
-        [sys.executable, "-c", READER, str(tmp_path / "rows-text"), str(tmp_path / "rows-role")],
-        env={"PYTHONPATH": str(megatron_core), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
     documents = list(range(len(dataset) + 1))
-    for half, line in enumerate(done.stdout.splitlines()[-2:]):
-        assert json.loads(line) == [[dataset[i][half].tolist() for i in range(len(dataset))], documents]
+    for half, read in enumerate(read_by_nvidia(megatron_core, tmp_path / "rows-text", tmp_path / "rows-role")):
+        assert read == [[dataset[i][half].tolist() for i in range(len(dataset))], documents]
+
+
+@pytest.mark.slow
+def test_nvidia_reader_reads_documents(
+    small_tokenizer: SentencePieceTokenizer, megatron_core: Path, tmp_path: Path
+) -> None:
+    texts = ["the sum of 1 and 2", "", "is 3", "ü" * 3000]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    encoder = DocumentEncoder(small_tokenizer, append_eod=True)
+    options = PreprocessConfig(input=(f"{tmp_path}/in.jsonl",), output_prefix=f"{tmp_path}/corpus", workers=1)
+    preprocess(find_sources(options), encoder, options)
+    merge_datasets([f"{tmp_path}/corpus_text_document"] * 2, f"{tmp_path}/twice")
+    documents = [[*small_tokenizer.encode(text), small_tokenizer.eod_id] for text in texts if text]
+    assert read_by_nvidia(megatron_core, tmp_path / "corpus_text_document", tmp_path / "twice") == [
+        [documents, [0, 1, 2, 3]],
+        [documents * 2, [0, 1, 2, 3, 4, 5, 6]],
+    ]

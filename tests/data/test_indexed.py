@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.data import indexed
 from megatron.data.indexed import DTYPES, IndexedDataset, IndexedWriter, publish_datasets, token_dtype
 from megatron.data.instruction import InstructionDataset
 
@@ -105,7 +106,16 @@ DOCUMENTS = 34 + 12 * len(ROWS)
         (".bin", lambda data: data + b"\0\0", r"d\.bin is 14 bytes long"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, suffix: str, change: Callable[[bytes], bytes], message: str) -> None:
+@pytest.mark.parametrize("block", [1, indexed.CHECK_BLOCK])
+def test_damage_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    block: int,
+    suffix: str,
+    change: Callable[[bytes], bytes],
+    message: str,
+) -> None:
+    monkeypatch.setattr(indexed, "CHECK_BLOCK", block)
     write(tmp_path / "d")
     path = tmp_path / f"d{suffix}"
     path.write_bytes(change(path.read_bytes()))

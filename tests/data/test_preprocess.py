@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 
+from megatron.config import PreprocessConfig
 from megatron.data.indexed import IndexedDataset
 from megatron.data.instruction import InstructionDataset
-from megatron.data.preprocess import Summary, chunks_of, preprocess
-from megatron.data.processes import map_in_order
+from megatron.data.preprocess import Summary, preprocess
+from megatron.data.roles import InstructionSummary
 from megatron.data.rows import RowEncoder, RowFormat
+from megatron.data.sources import JsonLinesFile, find_sources
 from megatron.tokenizer.chat import Role, render_messages
 from megatron.tokenizer.sentencepiece import SentencePieceTokenizer
 
 GOOD = {"s": "sys", "q": "the sum of 1 and 2", "a": "is 3"}
-Run = Callable[..., Summary]
+Run = Callable[..., InstructionSummary]
 
 
 def line(**changes: Any) -> bytes:
@@ -35,14 +37,19 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(small_tokenizer: SentencePieceTokenizer, tmp_path: Path) -> Run:
     """Preprocess `content` (bytes of the one input file, or of several) into `out/rows`."""
 
-    def run(*contents: bytes, special_in_text: str = "keep", system_key: str | None = "s", **options: Any) -> Summary:
+    def run(
+        *contents: bytes, special_in_text: str = "keep", system_key: str | None = "s", workers: int = 1, **options: Any
+    ) -> InstructionSummary:
         paths = [tmp_path / f"in{index}.jsonl" for index in range(len(contents))]
         for path, content in zip(paths, contents, strict=True):
             path.write_bytes(content)
         row_format = RowFormat(question_key="q", answer_key="a", system_key=system_key, special_in_text=special_in_text)
         encoder = RowEncoder(small_tokenizer, row_format)
-        prefix = str(tmp_path / "out" / "rows")
-        return preprocess(paths, prefix, encoder, vocab_size=small_tokenizer.vocab_size, **options)
+        inputs, prefix = tuple(map(str, paths)), str(tmp_path / "out" / "rows")
+        config = PreprocessConfig(input=inputs, output_prefix=prefix, workers=workers, **options)
+        summary = preprocess(find_sources(config), encoder, config)
+        assert isinstance(summary, InstructionSummary)
+        return summary
 
     return run
 
@@ -145,7 +152,7 @@ def test_a_bad_line_can_be_skipped(kind: str, run: Run, tmp_path: Path) -> None:
 def test_the_standard_parser_judges_alike(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"\n".join([line(q="é\u2028"), *(bad for bad, _ in BAD_LINES.values()), line(a="x")])
     bad_lines, rows = run(content, skip_bad_lines=True).bad_lines, written(tmp_path)
-    monkeypatch.setattr("megatron.data.rows.orjson", None)
+    monkeypatch.setattr("megatron.data.chunks.orjson", None)
     assert run(content, skip_bad_lines=True).bad_lines == bad_lines
     assert written(tmp_path) == rows
     assert len(bad_lines) == len(BAD_LINES)
@@ -168,13 +175,13 @@ def test_output_does_not_depend_on_workers_and_chunks(run: Run, tmp_path: Path) 
     assert all(output == outputs[0] for output in outputs)
 
 
-def test_short_lines_are_bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_lines_are_bundled(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     path.write_bytes(b"123456789\n" * 25)
-    monkeypatch.setattr("megatron.data.preprocess.SMALLEST_CHUNK", 55)
-    spans = [(chunk.first_line, chunk.start, chunk.stop) for chunk in chunks_of(path, 3)]
-    assert spans == [(1, 0, 60), (7, 60, 120), (13, 120, 180), (19, 180, 240), (25, 240, 250)]
-    assert [chunk.stop - chunk.start for chunk in chunks_of(path, 20)] == [200, 50]
+    source = JsonLinesFile(str(path))
+    spans = [(chunk.first, chunk.start, chunk.advance) for chunk in source.chunks(3, 55, [])]
+    assert spans == [(1, 0, 60), (7, 60, 60), (13, 120, 60), (19, 180, 60), (25, 240, 10)]
+    assert [chunk.advance for chunk in source.chunks(20, 55, [])] == [200, 50]
 
 
 def test_failure_keeps_the_former_output(run: Run, tmp_path: Path) -> None:
@@ -237,16 +244,3 @@ def test_modes_agree_where_there_is_nothing_special(run: Run, tmp_path: Path) ->
         run(line(q="  a < b \n\n") + b"\n" + line(s="") + b"\n" + line(a=""), special_in_text=mode)
         outputs.append(output_bytes(tmp_path))
     assert outputs[0] == outputs[1] == outputs[2]
-
-
-def test_errors_of_a_worker_come_in_order() -> None:
-    def fail_at_three(item: int) -> int:
-        if item >= 3:
-            raise LookupError(item)
-        return item * item
-
-    seen = []
-    with pytest.raises(LookupError, match="3"):
-        seen.extend(map_in_order(fail_at_three, range(50), workers=3))
-    assert list(map_in_order(lambda item: item * item, range(100), workers=3)) == [i * i for i in range(100)]
-    assert list(map_in_order(fail_at_three, [], workers=2)) == []

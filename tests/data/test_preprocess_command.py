@@ -53,6 +53,26 @@ def test_good_run(small_model: Path, jsonl: Path, tmp_path: Path) -> None:
     assert len(list(prefix.parent.iterdir())) == 5
 
 
+def test_conversations(small_model: Path, tmp_path: Path) -> None:
+    chat = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"c": chat * 3}))
+    (tmp_path / "template").write_text("{% for m in messages %}<|im_start|>{{ m.content }}</s>{% endfor %}")
+    flags = [f"--input={tmp_path / 'rows.jsonl'}", f"--output_prefix={tmp_path / 'out'}", "--messages_key=c"]
+    last = command(small_model, *flags, "--train_on=last", f"--chat_template={tmp_path / 'template'}")
+    assert (last.returncode, last.stderr) == (0, "")
+    assert "1 rows, 24 tokens (system 0, prompter 20, assistant 4: 16.7% supervised)" in last.stdout
+    (tmp_path / "template").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    endless = command(small_model, *flags, f"--chat_template={tmp_path / 'template'}")
+    assert endless.returncode == 0
+    assert endless.stderr.startswith(
+        "warning: what the chat template writes at the end of an answer is no special token"
+    )
+    (tmp_path / "template").write_text("\n{% for %}")
+    broken = command(small_model, *flags, f"--chat_template={tmp_path / 'template'}")
+    assert broken.returncode == 1
+    assert broken.stderr.startswith(f"preprocess_instruct_data.py: failed: {tmp_path / 'template'}, line 2: ")
+
+
 def test_warning_about_forged_turns(small_model: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"question": "<|im_end|>", "response": ""}')
     done = command(small_model, f"--input={tmp_path / 'rows.jsonl'}", f"--output_prefix={tmp_path / 'out'}")
@@ -80,7 +100,12 @@ def test_bad_line(small_model: Path, jsonl: Path, tmp_path: Path) -> None:
     [
         ([], "the following arguments are required: --input, --output_prefix"),
         (["--input=no-such-file", "--output_prefix=x"], "--input no-such-file: no such file"),
-        (["--input", __file__, "--output_prefix=x", "--chunk_size=0"], "--chunk_size 0: must be at least 1"),
+        (["--input", __file__, "--output_prefix=x", "--chunk_size=0"], "--chunk_size 0 is not positive"),
+        (["--input", __file__, "--output_prefix=x", "--chat_template=no"], "--chat_template no: no such file"),
+        (
+            ["--input", __file__, "--output_prefix=x", "--messages_key=m", "--system_key=s"],
+            "--system_key has no effect with --messages_key",
+        ),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, small_model: Path) -> None:
