@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -34,8 +35,7 @@ def world() -> Iterator[World]:
 MARKERS = ["<|im_start|>", "<|im_end|>"]
 
 
-@pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def train_model(path: Path, **options: Any) -> Path:
     """A SentencePiece model with byte fallback, trained on a few sentences."""
     model = io.BytesIO()
     sentences = [f"question {i} answer system the sum of {i} and {i + 3} is {2 * i + 3}" for i in range(200)]
@@ -47,10 +47,23 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         byte_fallback=True,
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
     )
-    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
     path.write_bytes(model.getvalue())
     return path
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model that normalizes text and takes extra spaces away."""
+    return train_model(tmp_path_factory.mktemp("tokenizer") / "small.model")
+
+
+@pytest.fixture(scope="session")
+def exact_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model that leaves text as it is, so that it can be exported."""
+    path = tmp_path_factory.mktemp("tokenizer") / "exact.model"
+    return train_model(path, normalization_rule_name="identity", remove_extra_whitespaces=False)
 
 
 @pytest.fixture(scope="session")

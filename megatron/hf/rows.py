@@ -72,7 +72,10 @@ def check_complete(names: Iterable[str], config: ModelConfig, source: object) ->
 
     A model with tied embeddings may come with the output layer's copy.
     """
-    found, expected = set(names), set(parameter_shapes(config, 1))
+    found = set(names)
+    if (config.num_layers or 0) > len(found):  # before a model of so many is made
+        raise ValueError(f"{source}: {config.num_layers} layers, but {len(found)} weights")
+    expected = set(parameter_shapes(config, 1))
     if config.tie_embed_logits:
         found.discard("lm_head.weight")
     for what, difference in {"lacks": expected - found, "has unknown": found - expected}.items():

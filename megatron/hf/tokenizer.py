@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 from megatron.tokenizer import load_tokenizer
-from megatron.tokenizer.chat import CHAT_TEMPLATE, MESSAGE_END
+from megatron.tokenizer.chat import CHAT_TEMPLATE
+from megatron.tokenizer.chat_template import named_tokens, turn_end
 from megatron.tokenizer.description import SPECIAL_TOKENS_FILE
 from megatron.tokenizer.hf_tokenizer import TOKENIZER_FILE
 from megatron.tokenizer.sentencepiece import MODEL_FILE
@@ -36,10 +37,10 @@ def token_ids(folder: Path) -> dict[str, int | None]:
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """Ids at which generation ends: the end of a message, and of a sequence."""
+    """Ids at which generation ends: the end of the assistant's turn, and of a sequence."""
     tokenizer = load_tokenizer(folder)
-    ids = [tokenizer.special_tokens.get(MESSAGE_END), tokenizer.eos_id]
-    return [token_id for token_id in ids if token_id is not None]
+    ids = [tokenizer.special_tokens.get(turn_end(tokenizer) or ""), tokenizer.eos_id]
+    return [token_id for token_id in dict.fromkeys(ids) if token_id is not None]
 
 
 def is_own(folder: Path) -> bool:
@@ -64,23 +65,16 @@ def export_tokenizer(source: Path, target: Path) -> None:
     fast.save(str(target / TOKENIZER_FILE))
     if (source / MODEL_FILE).is_file():
         (target / MODEL_FILE).write_bytes((source / MODEL_FILE).read_bytes())
-    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
-    ends_turn = MESSAGE_END in tokenizer.special_tokens
     # no unk_token: transformers would cut text at its name, which training takes for ordinary text
-    ids = {
-        "bos_token": tokenizer.bos_id,
-        "eos_token": tokenizer.special_tokens[MESSAGE_END] if ends_turn else tokenizer.eos_id,
-        "pad_token": tokenizer.pad_id,
-    }
-    special = {key: names[token_id] for key, token_id in ids.items() if token_id in names}
+    special = named_tokens(tokenizer)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    if ends_turn:
-        config["chat_template"] = CHAT_TEMPLATE
+    if template := tokenizer.chat_template or (CHAT_TEMPLATE if turn_end(tokenizer) else None):
+        config["chat_template"] = template
     _write_json(target / "tokenizer_config.json", config)
     _write_json(target / "special_tokens_map.json", special)
 

@@ -7,14 +7,14 @@ tell whether a stored tokenizer is the present one.
 
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.build import build_tokenizer, load_tokenizer
-from megatron.tokenizer.description import describe, difference, read_description, write_description
+from megatron.tokenizer.description import describe, description_text, difference, read_description
 
 __all__ = [
     "Tokenizer",
     "build_tokenizer",
     "describe",
+    "description_text",
     "difference",
     "load_tokenizer",
     "read_description",
-    "write_description",
 ]

@@ -19,6 +19,7 @@ class Tokenizer(Protocol):
         bos_id: beginning of a sequence, if there is one; likewise `eos_id`.
         pad_id: what fills unused positions.
         eod_id: end of a document.
+        chat_template: how a conversation is written, in Jinja; None for our own form, that of `chat`.
     """
 
     tokenizer_type: str
@@ -28,6 +29,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     pad_id: int | None
     eod_id: int | None
+    chat_template: str | None
 
     @property
     def fingerprint(self) -> str:
@@ -48,6 +50,20 @@ class Tokenizer(Protocol):
 
         Without `special`, special strings are ordinary text, and each text is taken as one that follows a special
         string, as the body of a message does; to most tokenizers that makes no difference.
+        """
+
+    def encode_offsets(self, texts: Sequence[str]) -> list[Array]:
+        """Ids of each text and their places, int32 [n, 3]: the id as `encode` gives it, and where the token's own text
+        begins and ends, in characters of the whole text; both are the same where a token has none of it.
+
+        Special strings that `hide_special` hid are ordinary text.
+        """
+
+    def hide_special(self, text: str) -> str:
+        """`text`, as long as before, with its special strings made such that `encode_offsets` takes them as ordinary.
+
+        Raises:
+            ValueError: special strings begin with more different characters than can be hidden.
         """
 
     def special_strings_in(self, text: str) -> list[str]:

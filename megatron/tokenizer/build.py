@@ -82,7 +82,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         OSError, ValueError: a file is missing or damaged.
     """
-    kind = read_description(folder)["tokenizer_type"]
+    description = read_description(folder)
+    kind = description["tokenizer_type"]
     if kind not in LOADERS:
         raise ValueError(f"{folder / SPECIAL_TOKENS_FILE} is of tokenizer type {kind!r}; known: {', '.join(LOADERS)}")
-    return LOADERS[kind](folder)
+    tokenizer = LOADERS[kind](folder)
+    tokenizer.chat_template = description.get("chat_template")
+    return tokenizer

@@ -8,7 +8,10 @@ from typing import Any
 from megatron.tokenizer.base import Tokenizer
 
 SPECIAL_TOKENS_FILE = "special_tokens.json"
-FIELDS = ("tokenizer_type", "vocab_size", "special_tokens", "bos_id", "eos_id", "pad_id", "eod_id", "fingerprint")
+FIELDS = (
+    *("tokenizer_type", "vocab_size", "special_tokens", "bos_id", "eos_id", "pad_id", "eod_id", "fingerprint"),
+    "chat_template",
+)
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -16,14 +19,18 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     return {name: getattr(tokenizer, name) for name in FIELDS}
 
 
-def write_description(tokenizer: Tokenizer, folder: Path, file: str = SPECIAL_TOKENS_FILE) -> None:
-    """Keep the description of `tokenizer` in its folder, or under another name beside what it tokenized."""
-    text = json.dumps(describe(tokenizer), indent=2, ensure_ascii=False) + "\n"
-    (folder / file).write_text(text, encoding="utf-8")
+def description_text(tokenizer: Tokenizer) -> str:
+    """The description of `tokenizer` as a file in its folder has it, and one beside what it tokenized."""
+    return json.dumps(describe(tokenizer), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_description(tokenizer: Tokenizer, folder: Path) -> None:
+    """Keep the description of `tokenizer` in its folder."""
+    (folder / SPECIAL_TOKENS_FILE).write_text(description_text(tokenizer), encoding="utf-8")
 
 
 def read_description(folder: Path, file: str = SPECIAL_TOKENS_FILE) -> dict[str, Any]:
-    """What `write_description` kept in `folder`; an older one has "tokenizer_type" and "special_tokens" only.
+    """What `description_text` said, kept in `folder`; an older one has "tokenizer_type" and "special_tokens" only.
 
     Raises:
         OSError, ValueError: the file is missing or damaged.
@@ -33,7 +40,7 @@ def read_description(folder: Path, file: str = SPECIAL_TOKENS_FILE) -> dict[str,
         description = dict(json.loads(path.read_text(encoding="utf-8")))
         if not isinstance(description["tokenizer_type"], str):
             raise TypeError("tokenizer_type is not a string")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a tokenizer: {error!r}") from error
     return description
 
@@ -55,9 +62,13 @@ def difference(stored: Mapping[str, Any], now: Tokenizer) -> str | None:
 
     Only what the description has is compared: a `read_description`, or a part of one, such as a fingerprint alone.
     """
-    present = describe(now)
+    return difference_of_descriptions(stored, describe(now))
+
+
+def difference_of_descriptions(stored: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
+    """`difference` of two descriptions, in what both have."""
     for name, what in DIFFERENCES.items():
-        if name in stored and not _equal(stored[name], present[name]):
+        if name in stored and name in present and not _equal(stored[name], present[name]):
             return what(stored[name], present[name])
     return None
 

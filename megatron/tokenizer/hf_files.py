@@ -99,7 +99,7 @@ def _named_beside(folder: Path) -> dict[str, str | None]:
 def _read_object(path: Path, source: str) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{source} is not a JSON object: {error}") from error
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from megatron.tokenizer.base import Array
 from megatron.tokenizer.description import read_description, read_special_tokens, write_description
-from megatron.tokenizer.special import SpecialStrings, extra_ids, fingerprint, register
+from megatron.tokenizer.special import SpecialStrings, extra_ids, fingerprint, placed, register
 
 TOKENIZER_FILE = "tokenizer.json"
 ROLES = ("bos", "eos", "pad", "eod")
@@ -24,6 +24,8 @@ class HFTokenizer:
     Text is cut at special strings as `SpecialStrings` says; what lies between is encoded by the library on its own,
     without what its post-processor would add, such as a BOS. See `Tokenizer` for the attributes.
     """
+
+    chat_template: str | None = None
 
     def __init__(
         self,
@@ -137,6 +139,18 @@ class HFTokenizer:
             texts, lambda pieces: _encode(self._head, pieces), lambda pieces: _encode(self._behind, pieces)
         )
 
+    def encode_offsets(self, texts: Sequence[str]) -> list[Array]:
+        """Ids of each text, and where each token begins and ends, int32 [n, 3]; see `Tokenizer`."""
+        return self._special.encode_offsets(
+            texts,
+            lambda pieces: _encode_offsets(self._head, pieces),
+            lambda pieces: _encode_offsets(self._behind, pieces),
+        )
+
+    def hide_special(self, text: str) -> str:
+        """Make the special strings in `text` ordinary for `encode_offsets`; see `Tokenizer`."""
+        return self._special.hide(text)
+
     def special_strings_in(self, text: str) -> list[str]:
         """The special strings that `encode` would find in `text`, in order."""
         return self._special.find(text)
@@ -217,6 +231,10 @@ def _behind_special(content: dict[str, Any]) -> dict[str, Any] | None:
 def _encode(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[Array]:
     encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+
+def _encode_offsets(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[Array]:
+    return [placed(one.ids, one.offsets) for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def _decode(tokenizer: FastTokenizer, ids: list[int]) -> str:

@@ -8,22 +8,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_tokenizers import MARKERS, REAL, real_tokenizer
 from tiny_tokenizers import byte_level, word_marks
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from megatron.config import TokenizerConfig
-from megatron.data.rows import Chunk, RowEncoder, RowFormat
+from megatron.data.chunks import FileLines
+from megatron.data.rows import RowEncoder, RowFormat
 from megatron.hf.tokenizer import export_tokenizer, stop_ids, token_ids
 from megatron.tokenizer import Tokenizer, build_tokenizer
 
-MARKERS = ["<|im_start|>", "<|im_end|>"]
 KEYS = {"system": "system_prompt", "user": "question", "assistant": "response"}
-REAL = {
-    "falcon": ("FalconTokenizer", {"vocab_file": "falcon"}),
-    "gpt2": ("GPT2BPETokenizer", {"vocab_file": "gpt2/encoder.json", "merge_file": "gpt2/vocab.bpe"}),
-    "mistral": ("SentencePieceTokenizer", {"vocab_file": "mistral-v1.model"}),
-}
 AWKWARD = [
     *MARKERS,
     "<|endoftext|>",
@@ -56,9 +52,7 @@ def exported(tokenizer: Tokenizer, folder: Path, model_type: str | None = None) 
 @pytest.fixture(scope="module", params=REAL)
 def pair(request: pytest.FixtureRequest, shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Our real tokenizer, and its export."""
-    kind, files = REAL[request.param]
-    paths = {flag: str(shared_data / "tokenizers" / file) for flag, file in files.items()}
-    ours = build_tokenizer(TokenizerConfig(tokenizer_type=kind, vocab_extra_ids_list=",".join(MARKERS), **paths))
+    ours = real_tokenizer(request.param, shared_data)
     return ours, exported(ours, tmp_path_factory.mktemp("tokenizer"))
 
 
@@ -74,7 +68,7 @@ def test_the_template_gives_the_ids_that_preprocessing_writes(pair: Any, shared_
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines(shared_data)), encoding="utf-8")
     row_format = RowFormat(question_key="question", answer_key="response", system_key="system_prompt")
-    written = RowEncoder(ours, row_format).encode(Chunk(str(path), 1, 0, path.stat().st_size))
+    written = RowEncoder(ours, row_format).encode(FileLines(str(path), 1, path.stat().st_size, 0))
     rows = [json.loads(line) for line in lines(shared_data)]
     ids = [
         theirs.apply_chat_template(
@@ -83,8 +77,9 @@ def test_the_template_gives_the_ids_that_preprocessing_writes(pair: Any, shared_
         for row in rows
     ]
     assert not written.bad_lines
-    assert written.sizes.tolist() == [len(row) for row in ids]
-    assert written.tokens.tolist() == list(itertools.chain.from_iterable(ids))
+    tokens, sizes = written.files[0]
+    assert sizes.tolist() == [len(row) for row in ids]
+    assert tokens.tolist() == list(itertools.chain.from_iterable(ids))
 
 
 @settings(deadline=None, max_examples=60)

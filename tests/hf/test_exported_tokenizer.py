@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from megatron.data.rows import Chunk, RowEncoder, RowFormat
+from megatron.data.chunks import FileLines
+from megatron.data.rows import RowEncoder, RowFormat
 from megatron.hf.tokenizer import export_tokenizer, stop_ids
 from megatron.tokenizer.chat import Role, render_messages
 from megatron.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -86,14 +87,15 @@ def test_the_template_gives_the_ids_that_preprocessing_writes(pair: Any, shared_
     ours, theirs = pair
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows(shared_data))), encoding="utf-8")
-    written = RowEncoder(ours, ROW_FORMAT).encode(Chunk(str(path), 1, 0, path.stat().st_size))
+    written = RowEncoder(ours, ROW_FORMAT).encode(FileLines(str(path), 1, path.stat().st_size, 0))
     ids = [
         theirs.apply_chat_template(chat(row, *row), tokenize=True, return_dict=True)["input_ids"]
         for row in rows(shared_data)
     ]
     assert not written.bad_lines
-    assert written.sizes.tolist() == [len(row) for row in ids]
-    assert written.tokens.tolist() == list(itertools.chain.from_iterable(ids))
+    tokens, sizes = written.files[0]
+    assert sizes.tolist() == [len(row) for row in ids]
+    assert tokens.tolist() == list(itertools.chain.from_iterable(ids))
 
 
 @settings(deadline=None, max_examples=60)

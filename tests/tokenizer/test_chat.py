@@ -42,8 +42,8 @@ def test_unknown_role_is_refused() -> None:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    with pytest.raises(jinja2.TemplateError, match="unknown role tool; known: system, user, assistant"):
-        render([{"role": "tool", "content": ""}], raise_exception=raise_exception)
+    with pytest.raises(jinja2.TemplateError, match="unknown role narrator; known: system, user, assistant, tool"):
+        render([{"role": "narrator", "content": ""}], raise_exception=raise_exception)
 
 
 def test_rendered_rows_equal_training_rows(shared_data: Path) -> None:
@@ -59,5 +59,5 @@ def test_rendered_rows_equal_training_rows(shared_data: Path) -> None:
     for line in [*golden, *real[:100]]:
         row = json.loads(line)
         rendered = compiled.render(messages=[{"role": role, "content": row[key]} for role, key in KEYS.items()])
-        training = [i for ids in encoder._encode_messages(encoder.messages(line)) for i in ids.tolist()]
+        training = [i for ids in encoder._encode_messages(encoder.messages(row)) for i in ids.tolist()]
         assert tokenizer.encode(rendered) == training
