@@ -1,6 +1,8 @@
 """The tokenizer and the data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from megatron.config.errors import UsageError
 from megatron.config.option import check_values, option
@@ -10,6 +12,7 @@ TOKENIZER_TYPES = (
     "HFTokenizer",
 )
 REFUSED_TOKENIZER_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase")
+SPLIT_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +45,17 @@ class DataConfig:
     """Data."""
 
     data_type: str = option("gpt", "Kind of data.", choices=("gpt", "instruction"))
-    data_path: tuple[str, ...] | None = option(None, "Prefix of the token files, without -text; divided by --split.")
-    split: str = option("969, 30, 1", "Shares of train, valid and test in --data_path.")
-    train_data_path: tuple[str, ...] | None = option(None, "Prefix of the training data.")
-    valid_data_path: tuple[str, ...] | None = option(None, "Prefix of the validation data.")
-    test_data_path: tuple[str, ...] | None = option(None, "Prefix of the test data.")
+    data_path: tuple[str, ...] | None = option(
+        None,
+        "Prefix of the token files, divided by --split: PREFIX.bin and .idx, or PREFIX-text and -role for instruction "
+        "data. Several are blended: WEIGHT PREFIX WEIGHT PREFIX ...",
+    )
+    split: str = option("969, 30, 1", "Shares of train, valid and test in --data_path, by documents or rows.")
+    train_data_path: tuple[str, ...] | None = option(None, "Prefix of the training data, or a blend.")
+    valid_data_path: tuple[str, ...] | None = option(
+        None, "Prefix of the validation data; of several, with weights, each is reported, and all together."
+    )
+    test_data_path: tuple[str, ...] | None = option(None, "Prefix of the test data, or several, with weights.")
     seq_length: int | None = option(
         None,
         "Most tokens of a sequence; by default the checkpoint's, else --max_position_embeddings.",
@@ -73,13 +82,51 @@ class DataConfig:
     )
     reset_position_ids: bool = option(False, "Restart positions at documents (--data_type gpt).")
     reset_attention_mask: bool = option(False, "Keep attention within documents (--data_type gpt).")
-    eod_mask_loss: bool = option(False, "No loss on end-of-document tokens (--data_type gpt).")
+    eod_mask_loss: bool = option(
+        False, "No loss on predicting a document's first token from the end of another one (--data_type gpt)."
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
-        separate = [name for name in ("train", "valid", "test") if getattr(self, f"{name}_data_path")]
+        separate = [f"--{name}" for name in SPLIT_PATHS if getattr(self, name)]
         if self.data_path and separate:
             raise UsageError(
-                f"--data_path and --{separate[0]}_data_path exclude each other: "
-                "give one prefix and --split, or a prefix each"
+                f"--data_path and {separate[0]} exclude each other: give one prefix and --split, or a prefix each"
             )
+        for name in ("data_path", *SPLIT_PATHS):
+            self.blend(name)
+
+    def prefixes(self) -> list[str]:
+        """All prefixes named, each once, training data first."""
+        return list(dict.fromkeys(prefix for name in ("data_path", *SPLIT_PATHS) for prefix in self.blend(name)))
+
+    def blend(self, name: str) -> dict[str, Fraction]:
+        """Prefix -> weight, of one of the options that name data; empty where it is not given.
+
+        Raises:
+            UsageError: neither one prefix nor weights and prefixes in turns, or a prefix twice.
+        """
+        words: Sequence[str] = getattr(self, name) or ()
+        if len(words) < 2:
+            return dict.fromkeys(words, Fraction(1))
+        if len(words) % 2:
+            raise UsageError(f"--{name} takes one prefix, or weights and prefixes in turns, not {len(words)} values")
+        blend: dict[str, Fraction] = {}
+        for weight, prefix in zip(words[::2], words[1::2], strict=True):
+            if prefix in blend:
+                raise UsageError(f"--{name} has {prefix} twice; give it once, with the sum of the weights")
+            blend[prefix] = _weight(f"--{name}", weight, prefix)
+        return blend
+
+
+def _weight(flag: str, text: str, prefix: str) -> Fraction:
+    """A weight, exactly as it was typed."""
+    try:
+        weight = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(
+            f"{flag}: {text!r}, before {prefix}, is not a number; weights and prefixes alternate"
+        ) from None
+    if weight <= 0:
+        raise UsageError(f"{flag}: weight {text} of {prefix} is not positive; leave out what is not wanted")
+    return weight

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from megatron.config.coming import COMING
 from megatron.config.errors import UsageError
 from megatron.config.families import FAMILIES, Family
 from megatron.config.model import ModelConfig
@@ -66,11 +65,7 @@ def resolve_run(typed: Mapping[str, Any], stored: Mapping[str, Any] | None = Non
         names = (*SHAPES, *MEANINGS, *(family.requires if family else ()))
         checked = {name: values[name] for name in names if name in values}
         _compare(checked, stored, "take the checkpoint's values by --use_checkpoint_args")
-    config = RunConfig.from_fields(values)
-    for what, asked in COMING.items():
-        if asked(config):
-            raise UsageError(f"{what} is not available yet")
-    return config
+    return RunConfig.from_fields(values)
 
 
 def flag_of(name: str) -> str:

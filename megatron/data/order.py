@@ -1,4 +1,4 @@
-"""In which order samples are visited, and which documents belong to which split."""
+"""In which order samples and documents are visited, and which of them belong to which split."""
 
 from itertools import pairwise
 
@@ -8,6 +8,21 @@ from megatron.config import UsageError
 from megatron.data.indexed import Array
 
 SEED_MASK = (1 << 64) - 1
+SAMPLES, DOCUMENTS = 0, 1
+"""What is permuted: a stream of random numbers of its own for each."""
+
+
+def permutation(count: int, seed: int, epoch: int, stream: int = SAMPLES) -> Array:
+    """0 .. count in random order, int64 [count]; a pure function of its arguments, forever.
+
+    Raw Philox output, which no NumPy version may change, is sorted by its upper 32 bits, 16 at a time, since NumPy
+    sorts such short keys by counting them; equal keys keep their order.
+    """
+    key, counter = np.array([seed & SEED_MASK, epoch], np.uint64), np.array([0, 0, 0, stream], np.uint64)
+    keys = np.random.Philox(key=key, counter=counter).random_raw(count) >> np.uint64(32)
+    low = np.argsort(keys.astype(np.uint16), kind="stable")
+    high = (keys >> np.uint64(16)).astype(np.uint16)[low]
+    return low[np.argsort(high, kind="stable")]
 
 
 class SampleOrder:
@@ -20,7 +35,7 @@ class SampleOrder:
 
     def __init__(self, num_samples: int, seed: int, *, shuffled: bool = True) -> None:
         self._num_samples = num_samples
-        self._seed = seed & SEED_MASK
+        self._seed = seed
         self._shuffled = shuffled
         self._newest: tuple[int, Array] | None = None
 
@@ -36,11 +51,9 @@ class SampleOrder:
         return np.concatenate(parts)
 
     def _epoch(self, epoch: int) -> Array:
-        """The permutation of `epoch`: raw Philox output sorted, which no NumPy version may change."""
         newest = self._newest
         if newest is None or newest[0] != epoch:
-            keys = np.random.Philox(key=np.array([self._seed, epoch], np.uint64)).random_raw(self._num_samples)
-            newest = self._newest = (epoch, np.argsort(keys, kind="stable").astype(np.int64))
+            newest = self._newest = (epoch, permutation(self._num_samples, self._seed, epoch))
         return newest[1]
 
 

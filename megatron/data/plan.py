@@ -1,7 +1,7 @@
 """Which samples make a global batch, and how they are dealt to micro batches and data-parallel ranks.
 
-Which samples: a pure function of (seed, consumed samples, number of samples, global batch size), the same on any layout
-of ranks. How they are dealt: by the row of `LAYOUTS` that `--packing` names.
+Which samples: a pure function of (seed, consumed samples, datasets and their weights, global batch size), the same on
+any layout of ranks (`SampleStream`). How they are dealt: by the row of `LAYOUTS` that `--packing` names.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron.data.batch import Dealt, MicroBatch, RowOptions, Sample, packed_rows, padded_rows
-from megatron.data.indexed import Array
-from megatron.data.instruction import InstructionDataset
-from megatron.data.order import SampleOrder
+from megatron.data.batch import Array, Dealt, MicroBatch, RowOptions, Sample, packed_rows, padded_rows
 from megatron.data.packing import deal_by_tokens
+from megatron.data.stream import SampleStream
 
 
 @dataclass(frozen=True)
@@ -51,52 +49,39 @@ class GlobalBatch:
 
     Attributes:
         micro_batches: of this rank; every rank has the same number.
-        sample_indices: int64 [n], dataset rows of the whole global batch; fewer than its size where a single pass ends.
-        input_tokens: int64 [n], of each of them, cut off at `seq_length`.
-        truncated: how many samples of the whole global batch are longer than `seq_length` inputs and were cut.
+        samples: int64 [n, 2], dataset and number of each sample of the whole global batch; fewer than its size where a
+            single pass ends.
+        document_lengths: int64 [d], inputs of each document of the whole global batch.
     """
 
     micro_batches: list[MicroBatch]
-    sample_indices: Array
-    input_tokens: Array
-    truncated: int
+    samples: Array
+    document_lengths: Array
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructionBatches:
-    """Global batches of instruction rows, for one data-parallel rank.
+class GlobalBatches:
+    """Global batches of a stream of samples, for one data-parallel rank.
 
     Attributes:
-        dataset: all rows.
-        indices: int64, those that belong to this split.
+        stream: the samples.
         rows: how samples become rows.
         packing: a key of `LAYOUTS`.
         data_parallel_rank: this rank.
         data_parallel_size: of so many.
-        seed: of the shuffle.
-        shuffled: endless shuffled epochs, or one pass in file order.
         prefetching: build the next batch in a thread while the caller uses this one.
     """
 
-    dataset: InstructionDataset
-    indices: Array
+    stream: SampleStream
     rows: RowOptions
     packing: str = "none"
     data_parallel_rank: int = 0
     data_parallel_size: int = 1
-    seed: int = 1234
-    shuffled: bool = True
     prefetching: bool = False
-    _order: SampleOrder = field(init=False, repr=False)
     _prefetcher: "Prefetcher" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_order", SampleOrder(len(self.indices), self.seed, shuffled=self.shuffled))
         object.__setattr__(self, "_prefetcher", Prefetcher(self._build))
-
-    def __len__(self) -> int:
-        """Number of samples of one pass."""
-        return len(self.indices)
 
     def batch(self, consumed_samples: int, global_batch_size: int) -> GlobalBatch:
         """The global batch that starts after `consumed_samples`.
@@ -110,15 +95,19 @@ class InstructionBatches:
 
     def _build(self, consumed_samples: int, global_batch_size: int) -> GlobalBatch:
         layout = LAYOUTS[self.packing]
-        samples = self.indices[self._order.indices(consumed_samples, global_batch_size)]
-        lengths = self.dataset.lengths[samples]
+        samples = self.stream.choose(consumed_samples, global_batch_size)
+        lengths = self.stream.lengths(samples)
         mine = layout.deal(lengths, self.rows, self.data_parallel_size)[self.data_parallel_rank]
         return GlobalBatch(
-            micro_batches=[layout.rows([self.dataset[int(i)] for i in samples[part]], self.rows) for part in mine],
-            sample_indices=samples,
-            input_tokens=self.rows.input_tokens(lengths),
-            truncated=int((lengths > self.rows.seq_length + 1).sum()),
+            micro_batches=[layout.rows(self.stream.read(samples[part]), self.rows) for part in mine],
+            samples=samples,
+            document_lengths=self._document_lengths(samples, self.rows.input_tokens(lengths)),
         )
+
+    def _document_lengths(self, samples: Array, inputs: Array) -> Array:
+        starts = self.stream.document_starts(samples)
+        bounds = [np.append(s[s < size], size) for s, size in zip(starts, inputs, strict=True)]
+        return np.concatenate([np.empty(0, np.int64), *map(np.diff, bounds)])
 
 
 class Prefetcher:

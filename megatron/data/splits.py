@@ -1,25 +1,47 @@
 """The train, valid and test data that the options ask for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
+from fractions import Fraction
+from pathlib import Path
 
 from megatron.config import DataConfig, UsageError
-from megatron.data.indexed import Array, data_files
-from megatron.data.instruction import InstructionDataset, role_prefix, text_prefix
 from megatron.data.order import split_ranges
+from megatron.data.prefixes import FILES, Part
+from megatron.data.stream import Samples, SampleStream
 
 NAMES = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
 class DataSplit:
-    """Rows of a dataset: `indices` int64, rising; `dropped` further ones of the split are too long."""
+    """One or more datasets.
 
-    dataset: InstructionDataset
-    indices: Array
-    dropped: int = 0
+    Attributes:
+        datasets: what each has for this split.
+        weights: of each, in the blend to train on.
+        notes: lines for the user.
+    """
+
+    datasets: list[Samples]
+    weights: list[Fraction]
+    notes: list[str]
+
+    def __len__(self) -> int:
+        """Samples of one pass through each dataset."""
+        return sum(map(len, self.datasets))
+
+    def blended(self, seed: int) -> SampleStream:
+        """Endless samples of all datasets."""
+        return SampleStream(self.datasets, self.weights, seed=seed, shuffled=True)
+
+    def apart(self) -> dict[str, SampleStream]:
+        """One pass through each dataset, by its name: the last part of its prefix where that tells them apart."""
+        names = [samples.name for samples in self.datasets]
+        short = [Path(name).name for name in names]
+        names = short if len(set(short)) == len(short) else names
+        streams = [SampleStream([samples], seed=0, shuffled=False) for samples in self.datasets]
+        return dict(zip(names, streams, strict=True))
 
 
 @dataclass(frozen=True)
@@ -35,7 +57,7 @@ class DataSplits:
         """The split `name` (train, valid, test).
 
         Raises:
-            UsageError: it has no rows.
+            UsageError: it has no samples.
         """
         split: DataSplit | None = getattr(self, name)
         if split is None:
@@ -43,60 +65,56 @@ class DataSplits:
         return split
 
 
-def build_instruction_splits(config: DataConfig) -> DataSplits:
-    """Open the instruction data of `--data_path` with `--split`, or of `--{train,valid,test}_data_path`.
+def build_splits(config: DataConfig, seed: int) -> DataSplits:
+    """Open the data of `--data_path` with `--split`, or of `--{train,valid,test}_data_path`.
 
-    `--data_impl` makes no difference: files are always memory-mapped.
+    `--data_impl` makes no difference: files are always memory-mapped. `seed` is that of the order of documents.
 
     Raises:
-        UsageError: no path, several for one split, a path without files, or no row that is short enough.
+        UsageError: no path, a path without files, or files without enough for a split.
         ValueError: a file is damaged.
     """
-    separate = {name: getattr(config, f"{name}_data_path") for name in NAMES}
-    given = [f"--{name}_data_path" for name, paths in separate.items() if paths]
     if config.data_path:
-        return _shared(config, config.data_path)
+        return _divided(config, seed)
+    blends = {name: config.blend(f"{name}_data_path") for name in NAMES}
+    given = [f"--{name}_data_path" for name, blend in blends.items() if blend]
     if not given:
         raise UsageError("no data: give --data_path PREFIX (or --train_data_path, --valid_data_path, --test_data_path)")
     splits = {}
-    for name, paths in separate.items():
-        dataset = _open(f"--{name}_data_path", paths, config) if paths else None
-        splits[name] = _split(name, dataset, 0, len(dataset), config) if dataset else None
+    for name, blend in blends.items():
+        flag, parts = f"--{name}_data_path", dict[str, Part | None]()
+        for prefix in blend:
+            files = FILES[config.data_type](flag, prefix, config, seed)
+            parts[prefix] = files.part(0, files.count, name)
+            if not parts[prefix]:
+                raise UsageError(f"{flag} {prefix} has nothing to predict in its {files.count:,} {files.unit}")
+        splits[name] = _split(name, blend, parts)
     return DataSplits(**splits, source=f"only {', '.join(given)} given")
 
 
-def _shared(config: DataConfig, paths: Sequence[str]) -> DataSplits:
-    dataset = _open("--data_path", paths, config)
-    splits = {
-        name: _split(name, dataset, start, stop, config) if stop > start else None
-        for name, (start, stop) in zip(NAMES, split_ranges(config.split, len(dataset)), strict=True)
-    }
-    return DataSplits(**splits, source=f"--split {config.split!r} leaves none of the {len(dataset):,} rows for it")
+def _divided(config: DataConfig, seed: int) -> DataSplits:
+    """The data of `--data_path`, each prefix divided by `--split`."""
+    blend = config.blend("data_path")
+    files = {prefix: FILES[config.data_type]("--data_path", prefix, config, seed) for prefix in blend}
+    ranges = {prefix: split_ranges(config.split, one.count) for prefix, one in files.items()}
+    splits = {}
+    for place, name in enumerate(NAMES):
+        parts = {prefix: one.part(*ranges[prefix][place], name) for prefix, one in files.items()}
+        splits[name] = _split(name, blend, parts)
+    counts = ", ".join(f"{one.count:,} {one.unit}" for one in files.values())
+    return DataSplits(**splits, source=f"--split {config.split!r} leaves none of the {counts} for it")
 
 
-def _split(name: str, dataset: InstructionDataset, start: int, stop: int, config: DataConfig) -> DataSplit:
-    """Rows `start .. stop`, with `--drop_long_samples` without those that would be cut off."""
-    indices = np.arange(start, stop, dtype=np.int64)
-    if config.drop_long_samples:
-        assert config.seq_length
-        indices = indices[dataset.lengths[start:stop] <= config.seq_length + 1]
-        if not len(indices):
-            raise UsageError(
-                f"--drop_long_samples leaves no {name} rows: all {stop - start:,} are longer than --seq_length "
-                f"{config.seq_length}; raise it"
-            )
-    return DataSplit(dataset, indices, dropped=stop - start - len(indices))
-
-
-def _open(flag: str, paths: Sequence[str], config: DataConfig) -> InstructionDataset:
-    if len(paths) != 1:
-        raise UsageError(f"{flag} takes one prefix for instruction data; blends of several are not available yet")
-    prefix = paths[0]
-    files = [file for half in (text_prefix(prefix), role_prefix(prefix)) for file in data_files(half)]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise UsageError(
-            f"{flag} {prefix}: no such file: {', '.join(missing)}; the flag takes the prefix that "
-            "preprocess_instruct_data.py was given as --output_prefix, without -text"
-        )
-    return InstructionDataset(prefix, warmup=config.mmap_warmup)
+def _split(name: str, blend: Mapping[str, Fraction], parts: Mapping[str, Part | None]) -> DataSplit | None:
+    """What there is for a split; all of a blend must have something to train on."""
+    found = {prefix: part for prefix, part in parts.items() if part}
+    if not found:
+        return None
+    missing = [prefix for prefix in blend if prefix not in found]
+    if missing and name == "train":
+        raise UsageError(f"--split leaves nothing of {missing[0]} to train on; change it, or leave that prefix out")
+    return DataSplit(
+        datasets=[part.samples for part in found.values()],
+        weights=[blend[prefix] for prefix in found],
+        notes=[part.note for part in found.values() if part.note],
+    )

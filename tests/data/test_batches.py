@@ -1,21 +1,24 @@
 """Micro batches, global batches, and the data that options ask for."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron.config import DataConfig, UsageError
 from megatron.data import (
     GlobalBatch,
+    GlobalBatches,
     IndexedWriter,
-    InstructionBatches,
     InstructionDataset,
     MicroBatch,
     RowOptions,
-    build_instruction_splits,
+    Sample,
+    SampleStream,
 )
-from megatron.data.batch import padded_rows
+from megatron.data.batch import packed_rows, padded_rows
+from megatron.data.instruction import InstructionSamples
+from megatron.data.plan import Prefetcher
 
 PAD = 99
 
@@ -38,13 +41,13 @@ def rows(**options: object) -> RowOptions:
     return RowOptions(**({"micro_batch_size": 2, "seq_length": 32, "pad_id": PAD} | options))  # type: ignore[arg-type]
 
 
-def sample(length: int, role: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    return np.arange(10, 10 + length), np.full(length, role)
+def sample(length: int) -> Sample:
+    return Sample(np.arange(10, 10 + length), np.ones(max(length - 1, 0), np.float32))
 
 
 def test_layout_of_padded_rows() -> None:
-    tokens, roles = np.array([1, 2, 3, 4, 5]), np.array([1, 1, 2, 2, 0])
-    batch = padded_rows([(tokens, roles), sample(3)], rows(seq_length=6, scalar_loss_mask=0.25, row_multiple=8))
+    weighted = Sample(np.array([1, 2, 3, 4, 5]), np.array([0.25, 1, 1, 0.25], np.float32))
+    batch = padded_rows([weighted, sample(3)], rows(seq_length=6, row_multiple=8))
     assert batch.tokens.tolist() == [1, 2, 3, 4, PAD, PAD, 10, 11, PAD, PAD, PAD, PAD, PAD, PAD, PAD, PAD]
     assert batch.labels.tolist() == [2, 3, 4, 5, PAD, PAD, 11, 12, PAD, PAD, PAD, PAD, PAD, PAD, PAD, PAD]
     assert batch.weights.tolist() == [0.25, 1, 1, 0.25, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
@@ -71,6 +74,18 @@ def test_a_long_sample_is_cut_to_seq_length_inputs() -> None:
     assert batch.useful_tokens == 8
 
 
+@pytest.mark.parametrize("layout", [padded_rows, packed_rows])
+def test_documents_of_a_sample(layout: Callable[..., MicroBatch]) -> None:
+    """One that begins with the last token, which is only predicted, or behind the cut, has no inputs."""
+    starts = np.array([0, 2, 4, 6])
+    whole = Sample(np.arange(7), np.ones(6, np.float32), document_starts=starts, position_starts=starts[:2])
+    batch = layout([whole, whole], rows(seq_length=6))
+    assert batch.cu_seqlens.tolist() == [0, 2, 4, 6, 8, 10, 12]
+    assert batch.positions.tolist() == 2 * [0, 1, 0, 1, 2, 3]
+    assert batch.max_seqlen == 2
+    assert layout([whole, whole], rows(seq_length=4)).cu_seqlens.tolist() == [0, 2, 4, 6, 8]
+
+
 @pytest.mark.parametrize("length", [0, 1])
 def test_nothing_to_predict(length: int) -> None:
     batch = padded_rows([sample(length)], rows(seq_length=4))
@@ -80,8 +95,14 @@ def test_nothing_to_predict(length: int) -> None:
 
 
 def test_padding_is_found_by_length_not_by_id() -> None:
-    tokens = np.full(5, PAD)
-    assert padded_rows([(tokens, np.full(5, 2))], rows(seq_length=6)).weights.tolist() == [1, 1, 1, 1, 0, 0]
+    assert padded_rows([Sample(np.full(5, PAD), np.ones(4, np.float32))], rows(seq_length=6)).weights.tolist() == [
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_no_samples_give_an_ignored_row() -> None:
@@ -91,16 +112,16 @@ def test_no_samples_give_an_ignored_row() -> None:
     assert (batch.cu_seqlens.tolist(), batch.max_seqlen, batch.useful_tokens) == ([0, 4], 4, 0)
 
 
-def build(
-    dataset: InstructionDataset, *, size: int, ranks: int, rank: int, shuffled: bool = True
-) -> InstructionBatches:
-    return InstructionBatches(
-        dataset=dataset,
-        indices=np.arange(len(dataset)),
+def stream(dataset: InstructionDataset, *, shuffled: bool = True) -> SampleStream:
+    return SampleStream([InstructionSamples(dataset, np.arange(len(dataset)))], seed=1234, shuffled=shuffled)
+
+
+def build(dataset: InstructionDataset, *, size: int, ranks: int, rank: int, shuffled: bool = True) -> GlobalBatches:
+    return GlobalBatches(
+        stream=stream(dataset, shuffled=shuffled),
         rows=rows(micro_batch_size=size),
         data_parallel_rank=rank,
         data_parallel_size=ranks,
-        shuffled=shuffled,
     )
 
 
@@ -121,11 +142,10 @@ def test_same_samples_on_any_layout(dataset: InstructionDataset, consumed: int) 
     expected = sorted(label for micro in whole.micro_batches for label in supervised(micro))
     for size, ranks in ((1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (1, 4), (3, 2), (5, 3)):
         shares = parts(dataset, size, ranks, consumed)
-        assert all(share.sample_indices.tolist() == whole.sample_indices.tolist() for share in shares)
+        assert all(share.samples.tolist() == whole.samples.tolist() for share in shares)
         assert len({len(share.micro_batches) for share in shares}) == 1
         found = [label for share in shares for micro in share.micro_batches for label in supervised(micro)]
         assert sorted(found) == expected
-        assert {share.truncated for share in shares} == {whole.truncated}
 
 
 def test_who_gets_which(dataset: InstructionDataset) -> None:
@@ -134,13 +154,9 @@ def test_who_gets_which(dataset: InstructionDataset) -> None:
     assert firsts == [[[0, 100], [400, 500]], [[200, 300], [600, 700]]]
 
 
-def test_truncated_counts_the_global_batch(dataset: InstructionDataset) -> None:
-    assert build(dataset, size=2, ranks=2, rank=0, shuffled=False).batch(0, 13).truncated == 1
-
-
 def test_last_partial_batch_of_a_pass(dataset: InstructionDataset) -> None:
     shares = parts(dataset, 2, 3, 8, shuffled=False)
-    assert shares[0].sample_indices.tolist() == [8, 9, 10, 11, 12]
+    assert shares[0].samples.tolist() == [[0, row] for row in range(8, 13)]
     assert [len(share.micro_batches) for share in shares] == [1, 1, 1]
     assert [share.micro_batches[0].useful_tokens for share in shares] == [3 + 32, 5 + 7, 0]
     beyond = build(dataset, size=2, ranks=3, rank=2, shuffled=False).batch(8, 2).micro_batches
@@ -149,10 +165,11 @@ def test_last_partial_batch_of_a_pass(dataset: InstructionDataset) -> None:
 
 
 def test_subset_of_rows(dataset: InstructionDataset) -> None:
-    batches = InstructionBatches(dataset=dataset, indices=np.array([3, 5, 8]), rows=rows())
-    seen = batches.batch(0, 6).sample_indices.tolist()
-    assert sorted(seen) == [3, 3, 5, 5, 8, 8]
-    assert len(batches) == 3
+    some = InstructionSamples(dataset, np.array([3, 5, 8]))
+    batch = GlobalBatches(stream=SampleStream([some], seed=1, shuffled=True), rows=rows()).batch(0, 6)
+    assert sorted(batch.samples.tolist()) == [[0, number] for number in range(6)]
+    firsts = [int(token) for micro in batch.micro_batches for token in micro.tokens[micro.cu_seqlens[:-1]]]
+    assert sorted(firsts) == [300, 300, 500, 500, 800, 800]
 
 
 def equal(a: GlobalBatch, b: GlobalBatch) -> bool:
@@ -164,14 +181,23 @@ def equal(a: GlobalBatch, b: GlobalBatch) -> bool:
 
 
 def test_prefetching_changes_nothing(dataset: InstructionDataset) -> None:
-    options = {"dataset": dataset, "indices": np.arange(len(dataset)), "rows": rows()}
-    plain, ahead = InstructionBatches(**options), InstructionBatches(**options, prefetching=True)
+    plain, ahead = (
+        GlobalBatches(stream=stream(dataset), rows=rows(), prefetching=prefetching) for prefetching in (False, True)
+    )
     for consumed, size in ((0, 4), (4, 4), (8, 6), (14, 6), (3, 2), (5, 2)):
         assert equal(plain.batch(consumed, size), ahead.batch(consumed, size))
 
 
+def test_the_next_batch_is_built_ahead() -> None:
+    built: list[tuple[int, int]] = []
+    prefetcher = Prefetcher(lambda *wanted: built.append(wanted))  # type: ignore[arg-type,return-value]
+    for start in (0, 4, 8):
+        prefetcher.get(start, 4)
+    assert built[:3] == [(0, 4), (4, 4), (8, 4)]
+
+
 def test_prefetching_passes_errors_on(dataset: InstructionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = InstructionBatches(dataset=dataset, indices=np.arange(len(dataset)), rows=rows(), prefetching=True)
+    batches = GlobalBatches(stream=stream(dataset), rows=rows(), prefetching=True)
 
     def fail(*_: object) -> None:
         raise OSError("disk gone")
@@ -180,46 +206,3 @@ def test_prefetching_passes_errors_on(dataset: InstructionDataset, monkeypatch: 
     for _ in range(2):
         with pytest.raises(OSError, match="disk gone"):
             batches.batch(0, 4)
-
-
-def test_splits_of_one_path(tmp_path: Path) -> None:
-    write_rows(tmp_path / "all", [3] * 100)
-    splits = build_instruction_splits(DataConfig(data_path=(str(tmp_path / "all"),), split="90,10,0"))
-    assert splits.require("train").indices.tolist() == list(range(90))
-    assert splits.require("valid").indices.tolist() == list(range(90, 100))
-    assert splits.test is None
-    with pytest.raises(UsageError, match="no test data: --split '90,10,0' leaves none of the 100 rows"):
-        splits.require("test")
-
-
-def test_separate_paths(tmp_path: Path) -> None:
-    write_rows(tmp_path / "a", [3] * 4)
-    write_rows(tmp_path / "b", [3] * 2)
-    splits = build_instruction_splits(
-        DataConfig(train_data_path=(str(tmp_path / "a"),), test_data_path=(str(tmp_path / "b"),))
-    )
-    assert (len(splits.require("train").indices), len(splits.require("test").indices)) == (4, 2)
-    with pytest.raises(UsageError, match="no valid data: only --train_data_path, --test_data_path given"):
-        splits.require("valid")
-
-
-def test_mistakes_in_paths(tmp_path: Path) -> None:
-    write_rows(tmp_path / "a", [3])
-    with pytest.raises(UsageError, match="no data: give --data_path"):
-        build_instruction_splits(DataConfig())
-    with pytest.raises(UsageError, match="--data_path and --valid_data_path exclude"):
-        build_instruction_splits(DataConfig(data_path=("a",), valid_data_path=("b",)))
-    with pytest.raises(UsageError, match="blends"):
-        build_instruction_splits(
-            DataConfig(
-                data_path=(
-                    "0.5",
-                    "a",
-                    "0.5",
-                    "b",
-                )
-            )
-        )
-    (tmp_path / "a-role.idx").unlink()
-    with pytest.raises(UsageError, match=r"--data_path \S*a: no such file: \S*a-role\.idx; .*without -text"):
-        build_instruction_splits(DataConfig(data_path=(str(tmp_path / "a"),)))

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_golden import run as preprocess_real_data
 
-from megatron.data import InstructionBatches, InstructionDataset, RowOptions
+from megatron.data import GlobalBatches, InstructionDataset, RowOptions, Sample, SampleStream
 from megatron.data.batch import packed_rows
+from megatron.data.instruction import InstructionSamples
 from megatron.data.packing import deal_by_tokens
 
 PAD = 99
@@ -20,10 +21,12 @@ def rows(**options: object) -> RowOptions:
 
 
 def test_layout_of_packed_rows() -> None:
-    tokens, roles = np.array([1, 2, 3, 4, 5]), np.array([1, 1, 2, 2, 0])
-    long, nothing = np.arange(10, 30), np.array([7])
-    samples = [(tokens, roles), (nothing, nothing), (long, np.full(20, 2))]
-    batch = packed_rows(samples, rows(seq_length=6, scalar_loss_mask=0.25, row_multiple=4))
+    samples = [
+        Sample(np.array([1, 2, 3, 4, 5]), np.array([0.25, 1, 1, 0.25], np.float32)),
+        Sample(np.array([7]), np.empty(0, np.float32)),
+        Sample(np.arange(10, 30), np.ones(19, np.float32)),
+    ]
+    batch = packed_rows(samples, rows(seq_length=6, row_multiple=4))
     assert batch.tokens.tolist() == [1, 2, 3, 4, 10, 11, 12, 13, 14, 15, PAD, PAD]
     assert batch.labels.tolist() == [2, 3, 4, 5, 11, 12, 13, 14, 15, 16, PAD, PAD]
     assert batch.weights.tolist() == [0.25, 1, 1, 0.25, 1, 1, 1, 1, 1, 1, 0, 0]
@@ -36,7 +39,7 @@ def test_layout_of_packed_rows() -> None:
 
 @pytest.mark.parametrize("lengths", [[], [1, 0, 1]])
 def test_nothing_to_predict_is_an_ignored_row(lengths: list[int]) -> None:
-    batch = packed_rows([(np.arange(n), np.full(n, 2)) for n in lengths], rows(row_multiple=4))
+    batch = packed_rows([Sample(np.arange(n), np.ones(max(n - 1, 0))) for n in lengths], rows(row_multiple=4))
     assert batch.tokens.tolist() == [PAD] * 4
     assert (batch.weights.sum(), batch.useful_tokens) == (0, 0)
 
@@ -74,9 +77,8 @@ def waste(dataset: InstructionDataset, packing: str) -> tuple[float, float]:
     """(share of computed tokens that is padding, imbalance over 4 ranks) of 100 global batches of 64, on average."""
     options = RowOptions(micro_batch_size=4, seq_length=512, variable_seq_lengths=True)
     ranks = [
-        InstructionBatches(
-            dataset=dataset,
-            indices=np.arange(len(dataset)),
+        GlobalBatches(
+            stream=SampleStream([InstructionSamples(dataset, np.arange(len(dataset)))], seed=1234, shuffled=True),
             rows=options,
             packing=packing,
             data_parallel_rank=rank,

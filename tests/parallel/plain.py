@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron.config import RunConfig, resolve_run
+from megatron.data import Samples, build_splits
 from megatron.verification.yardstick import RandomSamples
 
 VOCAB_SIZE = 101
@@ -32,9 +33,11 @@ TINY: dict[str, Any] = {
 """Flags of a run small enough for real ranks on two cores."""
 
 
-def random_samples() -> RandomSamples:
-    """Samples of various lengths, some longer than a row."""
-    return RandomSamples(count=40, longest=30, vocab_size=VOCAB_SIZE)
+def training_samples(config: RunConfig) -> Samples:
+    """Those of `--train_data_path`; without it random ones of various lengths, some longer than a row."""
+    if config.data.train_data_path:
+        return build_splits(config.data, config.training.seed).require("train").datasets[0]
+    return RandomSamples(count=40, longest=30, vocab_size=VOCAB_SIZE, data=config.data)
 
 
 def tiny_config(**flags: Any) -> RunConfig:

@@ -2,15 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from plain import VOCAB_SIZE, random_samples, tiny_config
+from plain import VOCAB_SIZE, tiny_config, training_samples
 from torch import Tensor
 from worlds import World
 
 from megatron.config import RunConfig
-from megatron.data import InstructionBatches, RowOptions
+from megatron.data import GlobalBatches, IndexedWriter, RowOptions, SampleStream
 from megatron.model.initialization import initial_weight
 from megatron.optim.gradients import clip, gradient_norm
 from megatron.optim.groups import build_optimizer, set_hyperparameters
@@ -32,6 +33,8 @@ UNPACKED = {"packing": "none"}
 PP2 = {"pipeline_model_parallel_size": 2, "num_layers": 4}
 PP4 = {"pipeline_model_parallel_size": 4, "num_layers": 5}
 INTERLEAVED = {**PP2, "num_layers_per_virtual_pipeline_stage": 1}
+POSITIONS, ATTENTION = {"reset_position_ids": True}, {"reset_attention_mask": True}
+BORDERS = {**POSITIONS, **ATTENTION, "eod_mask_loss": True}
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
@@ -82,11 +85,11 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 def train_on_mesh(flags: dict[str, Any], steps: int) -> list[dict[str, Any]]:
     """On each rank: loss and gradient norm of each step, and this rank's parts of gradients and weights."""
     config = tiny_config(**flags)
-    with open_mesh(plan_layout(dist.get_world_size(), config.parallel, config.model), "gloo") as mesh:
+    with open_mesh(plan_layout(dist.get_world_size(), config.parallel, config.model), config.parallel) as mesh:
         model = build_model(config, VOCAB_SIZE, mesh)
         seed = config.training.seed
         model.fill(lambda name, shape, ranges: initial_weight(name, shape, config.model, seed)[ranges])
-        batches = random_batches(config, mesh)
+        batches = training_batches(config, mesh)
         engine, optimizer = Engine(model, mesh, seed=seed), build_optimizer(model.chunks, config.optimizer)
         set_hyperparameters(optimizer, config.schedule.lr, config.optimizer.weight_decay)
         size, reports = config.training.global_batch_size, []
@@ -107,24 +110,20 @@ def numpy(tensor: Tensor) -> Any:
     return tensor.detach().clone().numpy()
 
 
-def random_batches(config: RunConfig, mesh: Mesh) -> InstructionBatches:
-    """This rank's share of random rows."""
-    rows = random_samples()
-    return InstructionBatches(
-        dataset=rows,
-        indices=torch.arange(len(rows)).numpy(),
+def training_batches(config: RunConfig, mesh: Mesh) -> GlobalBatches:
+    """This rank's share of the samples."""
+    return GlobalBatches(
+        stream=SampleStream([training_samples(config)], seed=config.training.seed, shuffled=True),
         rows=RowOptions(
             micro_batch_size=config.training.micro_batch_size,
             seq_length=config.data.seq_length,
             variable_seq_lengths=config.data.variable_seq_lengths,
-            scalar_loss_mask=config.data.scalar_loss_mask,
             row_multiple=mesh.size("tp"),
             least_micro_batches=mesh.size("pp"),
         ),
         packing=config.data.packing,
         data_parallel_rank=mesh.rank("dp"),
         data_parallel_size=mesh.size("dp"),
-        seed=config.training.seed,
     )
 
 
@@ -148,9 +147,9 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], what: st
         assert difference <= TOLERANCE, f"{what} of {name} differs by {difference:.1e} of its largest element"
 
 
-@pytest.mark.parametrize(("size", "flags"), LAYOUTS, ids=lambda value: str(value))
-def test_any_layout_equals_one_device(world: World, size: int, flags: dict[str, Any]) -> None:
-    expected = train_plainly(tiny_config(**flags), VOCAB_SIZE, random_samples(), STEPS)
+def assert_law(world: World, size: int, flags: dict[str, Any]) -> None:
+    config = tiny_config(**flags)
+    expected = train_plainly(config, VOCAB_SIZE, training_samples(config), STEPS)
     ranks = world(size, train_on_mesh, flags, STEPS)
     for step, report in enumerate(expected):
         for rank in ranks:
@@ -158,3 +157,39 @@ def test_any_layout_equals_one_device(world: World, size: int, flags: dict[str, 
             assert rank[step]["norm"] == pytest.approx(report.norm, rel=TOLERANCE)
         for what, whole in {"gradients": report.gradients, "weights": report.weights}.items():
             assert_equal(assembled([rank[step][what] for rank in ranks]), whole, f"{what} of step {step}")
+
+
+@pytest.mark.parametrize(("size", "flags"), LAYOUTS, ids=lambda value: str(value))
+def test_any_layout_equals_one_device(world: World, size: int, flags: dict[str, Any]) -> None:
+    assert_law(world, size, flags)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Prefix of documents to pretrain on, in which an epoch ends within the steps; some are longer than a sample."""
+    prefix, random = tmp_path_factory.mktemp("text") / "text", np.random.default_rng(7)
+    with IndexedWriter(prefix, "<u2") as writer:
+        for length in random.integers(1, 40, 25):
+            writer.append(random.integers(0, VOCAB_SIZE, length).astype("<u2"))
+    return str(prefix)
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [
+        (1, {}),
+        (1, BORDERS),
+        (1, {**BORDERS, **UNPACKED}),
+        (1, {**POSITIONS, **UNPACKED}),
+        (2, {**TP2, **SP, **BORDERS, **UNPACKED}),
+        (2, {**TP2, **SP, **ATTENTION, "micro_batch_size": 3}),
+        (2, {**PP2, **BORDERS, **UNPACKED}),
+        (2, {**BORDERS, **UNPACKED, "global_batch_size": 7}),
+        (2, {**BORDERS, "full_sharding": True}),
+        (4, {**TP2, **SP, **PP2, **BORDERS}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_pretraining_equals_one_device(world: World, text: str, size: int, flags: dict[str, Any]) -> None:
+    """Documents are apart, or only their positions, or only attention; samples cross their borders."""
+    assert_law(world, size, {**flags, "data_type": "gpt", "train_data_path": (text,)})
