@@ -38,7 +38,7 @@ class LoggingConfig:
         "Peak teraflops of a device, to log what share of it the model uses; known for common GPUs in bf16 and fp16.",
         within="(0, inf)",
     )
-    metrics: tuple[str, ...] = option((), "Further metrics to log.", choices=METRICS, nargs="+")
+    metrics: tuple[str, ...] = option((), "Metrics of each evaluation, beside the loss.", choices=METRICS, nargs="+")
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -1,4 +1,4 @@
-"""The model room: tokens in, logits or token losses out.
+"""The model room: tokens in, logits or a loss out.
 
 A plain `nn.Module`, written for one device. What each product *is* (columns, rows or vocabulary split) is said through
 a `Spread`; the parallel room supplies another one to spread the same code over ranks.

@@ -34,9 +34,30 @@ class Spread:
         """The rows of x [t, ...] that this device has of the hidden state."""
         return x
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Loss of each token in fp32, [t], of logits [t, v] whose vocabulary may be divided over ranks."""
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+    def open_hidden(self, x: Tensor) -> Tensor:
+        """What the output layer reads: x whole in t."""
+        return x
+
+    def close_hidden(self, gradient: Tensor) -> Tensor:
+        """The gradient of x, of what this device computes of the gradient of `open_hidden(x)`."""
+        return gradient
+
+    def most_rows(self, weight: Tensor) -> int:
+        """Rows of the output layer's weight [v, h] on the device that has most."""
+        return len(weight)
+
+    def own_labels(self, labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """Columns of labels [t] among this device's `vocab_size` logits, and which are here: others have column 0."""
+        return labels, torch.ones_like(labels, dtype=torch.bool)
+
+    def join_vocabulary(self, log_sums: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Over all devices, of log-sum-exp [t] of the logits and logits of the labels [t], 0 for a label elsewhere."""
+        return log_sums, targets
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The likeliest id of each token, [t], the lowest of equal ones, of logits [t, v] whose vocabulary may be
+        divided over ranks."""
+        return logits.argmax(-1)
 
     def hidden_randomness(self) -> AbstractContextManager[None]:
         """Random state for masks over [t, h]: differs between ranks that hold different tokens."""

@@ -6,6 +6,8 @@ Activations are [t, h]: the documents of a micro batch lie one after the other, 
 A padded batch is the case of equal lengths.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,12 @@ from megatron.model.attention import BY_DOCUMENT, AttentionKernel, Documents
 from megatron.model.layer import Layer, RunLayers, hidden_norm, run_layers
 from megatron.model.rotary import rotary_tables
 from megatron.model.spread import Spread
+
+Head = Callable[[Tensor, Tensor], Tensor]
+"""(last hidden state, as `Spread.column` takes it; weight [v, h] of the output layer) -> the model's result.
+
+See `megatron.model.cross_entropy` for heads that do not hold all logits.
+"""
 
 
 class Embedding(nn.Module):
@@ -75,10 +83,10 @@ class Model(nn.Module):
         positions: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        labels: Tensor | None = None,
+        head: Head | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """Logits [t, v] of `tokens` [t], or with `labels` [t] the loss of each token [t] in fp32.
+        """Logits [t, v] of `tokens` [t], or what `head` makes instead.
 
         A part without the last layer returns the hidden state [t, h] instead.
 
@@ -87,7 +95,7 @@ class Model(nn.Module):
             positions: int64 [t], position within the document.
             cu_seqlens: int32 [documents + 1], where each document begins; first 0, last t.
             max_seqlen: length of the longest document.
-            labels: int64 [t], the id to predict at each position.
+            head: what to compute of the last hidden state and the output layer's weight.
             hidden: [t, h], what the part before this one returned, for a part without the first layer.
         """
         documents, rotary = Documents(cu_seqlens, max_seqlen), rotary_tables(positions, self.config)
@@ -95,10 +103,14 @@ class Model(nn.Module):
         x = self.run_layers(self.layers.values(), x, rotary, documents)
         if not self.is_last:
             return x
-        head = self.embedding if self.lm_head is None else self.lm_head
-        assert head is not None
-        (logits,) = self.spread.column(x if self.final_norm is None else self.final_norm(x), head.weight)
-        return logits if labels is None else self.spread.cross_entropy(logits, labels)
+        x = x if self.final_norm is None else self.final_norm(x)
+        output = self.embedding if self.lm_head is None else self.lm_head
+        assert output is not None
+        return self._logits(x, output.weight) if head is None else head(x, output.weight)
+
+    def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        (logits,) = self.spread.column(x, weight)
+        return logits
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         assert self.embedding is not None

@@ -174,8 +174,9 @@ def _shard_over_data(module: Model, dtype: torch.dtype, mesh: Mesh, full_shardin
     for part in [*module.layers.values(), module]:
         frees = full_sharding and (part is not module or mesh.size("pp") > 1)
         sharded = fully_shard(part, mesh=mesh.ranks["dp"], mp_policy=policy, reshard_after_forward=frees)
-        sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+        if mesh.size("dp") > 1:  # alone, FSDP2 would divide by 1 in a pass of its own
+            sharded.set_gradient_divide_factor(1.0)
 
 
 def _part(name: str, parameter: nn.Parameter, shape: tuple[int, ...], config: RunConfig, mesh: Mesh) -> Part:

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron.config import ModelConfig
+from megatron.model.cross_entropy import chunks
 
 FLOAT32 = 4
 """Bytes."""
@@ -15,7 +16,7 @@ FLOAT32 = 4
 PRODUCTS = {
     "embedding": {"row": 1},
     "layer": {"column": 2, "row": 2},  # q, k, v; o; gate, up; down
-    "head": {"column": 1},
+    "head": {"output": 1},
 }
 """Part of the model -> the products it is made of."""
 
@@ -24,6 +25,8 @@ STEPS = {
     ("column", "backward"): ["open", "close"],
     ("row", "forward"): ["close"],
     ("row", "backward"): ["open"],
+    ("output", "forward"): ["open", "close"],  # the gradients are computed at once
+    ("output", "backward"): [],
 }
 """What a product does with [t, h], as in `megatron.parallel.tensor`: `open` makes it whole in t, `close` sums it."""
 
@@ -56,9 +59,16 @@ def collectives(
     return Counter((names[step], hidden_bytes) for step in steps if step in names)
 
 
-def cross_entropy_collectives(tokens: int) -> Counter[tuple[str, int]]:
-    """The same for the cross entropy, forward: the largest logit of each token, then its sum and the label's logit."""
-    return Counter([("all_reduce", tokens * FLOAT32), ("all_reduce", 2 * tokens * FLOAT32)])
+def cross_entropy_collectives(tokens: int, vocab_size: int) -> Counter[tuple[str, int]]:
+    """The same for the cross entropy, forward, in fp32, where no rank has more of the vocabulary than `vocab_size`.
+
+    In each chunk of tokens: the largest log-sum-exp of each token, then the sum of all and the label's logit.
+    """
+    counts: Counter[tuple[str, int]] = Counter()
+    for part in chunks(tokens, vocab_size):
+        size = (part.stop - part.start) * FLOAT32
+        counts += Counter([("all_reduce", size), ("all_reduce", 2 * size)])
+    return counts
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,7 @@ def kept_tensors(
     tokens = 1 / tensor_size if sequence_parallel else 1  # this rank's share of them between the products
     return (
         Kept("input of the layer", h * tokens, compute_bytes, ("selective", "full")),
-        Kept("inputs of the norms", 2 * h * tokens, FLOAT32, ("none",)),
-        Kept("normalized inputs", 2 * h * tokens, FLOAT32, ("none",)),
+        Kept("inputs of the norms", 2 * h * tokens, compute_bytes, ("none",)),
         Kept("reciprocal root mean squares", 2 * tokens, FLOAT32, ("none",)),
         Kept("outputs of the norms", 2 * h * tokens, compute_bytes, ("none",)),
         Kept("q, k, v", (heads + 2 * groups) * d, compute_bytes, ("none", "selective")),

@@ -4,14 +4,18 @@ Loss of a step = sum of weighted token losses / sum of weights, both over the *g
 on how the batch is divided into micro batches and ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron.data import MicroBatch
+from megatron.model import Model, Spread
+from megatron.model.cross_entropy import likeliest, output_loss, token_losses
 from megatron.parallel.build import ParallelModel, local_tensor, sharded_modules
 from megatron.parallel.device import to_device
 from megatron.parallel.mesh import Mesh
@@ -29,6 +33,7 @@ class BatchLoss:
         useful_tokens: tokens of samples, padding left out.
         tokens: tokens computed, padding included.
         imbalance: tokens of the data-parallel rank that has most, over their mean, less 1.
+        sums: what a `Measure` added up, over its micro batches on all ranks.
     """
 
     mean: float
@@ -36,6 +41,24 @@ class BatchLoss:
     useful_tokens: int
     tokens: int
     imbalance: float
+    sums: tuple[float, ...] = ()
+
+
+class Measure(Protocol):
+    """Sums over tokens that an evaluation wants beside the loss."""
+
+    @property
+    def size(self) -> int:
+        """How many sums."""
+
+    def sums(self, rows: MicroBatch, losses: Tensor, predict: Callable[[], Tensor]) -> Tensor:
+        """The sums over the tokens of a micro batch, float64 [size] on the device; called on the last stage.
+
+        Args:
+            rows: the micro batch.
+            losses: of each token, fp32 [t].
+            predict: computes the likeliest id at each position, int64 [t]; all tensor-parallel ranks call it, or none.
+        """
 
 
 class Engine:
@@ -70,19 +93,25 @@ class Engine:
         return self._run(micro_batches, consumed_samples, loss_scale)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> BatchLoss:
-        """The loss alone, without dropout."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch], measure: Measure | None = None) -> BatchLoss:
+        """The loss, and what `measure` adds up, without dropout."""
         self.model.chunks.eval()
-        loss = self._run(micro_batches, 0, None)
+        loss = self._run(micro_batches, 0, None, measure)
         for module in sharded_modules(self.model.chunks):
             module.reshard()
         return loss
 
-    def _run(self, micro_batches: Sequence[MicroBatch], consumed_samples: int, loss_scale: float | None) -> BatchLoss:
+    def _run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        consumed_samples: int,
+        loss_scale: float | None,
+        measure: Measure | None = None,
+    ) -> BatchLoss:
         counts = [_counts(rows) for rows in micro_batches]
         ranks = self.mesh.gather([*map(sum, zip(*counts, strict=True)), len(micro_batches)], "dp")
         weight, useful, tokens, batches = map(sum, zip(*ranks, strict=True))
-        total = 0.0
+        total, sums = 0.0, [0.0] * (measure.size if measure else 0)
         if weight:
             by_token = self.per_token or loss_scale is None
             divisors = [weight if by_token else batches * (own or 1.0) for own, *_ in counts]
@@ -94,14 +123,15 @@ class Engine:
                 divisors=divisors,
                 seeds=(self.seed, consumed_samples, self.mesh.rank("dp")),
                 loss_scale=loss_scale,
+                measure=measure,
             )
             run_pipeline(self.pipeline, passes, len(micro_batches), self.mail, with_backward=loss_scale is not None)
-            total = float(passes.loss)
+            total, sums = float(passes.loss), passes.sums.tolist()
             if loss_scale is not None:
                 self._complete_gradients()
-        (mean,) = self.mesh.sum(self.mesh.sum([total], "dp"), "pp")
+        mean, *sums = self.mesh.sum(self.mesh.sum([total, *sums], "dp"), "pp")
         imbalance = max(rank[2] for rank in ranks) * len(ranks) / tokens - 1 if tokens else 0.0
-        return BatchLoss(mean, weight, int(useful), int(tokens), imbalance)
+        return BatchLoss(mean, weight, int(useful), int(tokens), imbalance, tuple(sums))
 
     def _complete_gradients(self) -> None:
         """Add up gradients of which ranks hold summands: one collective for all that tensor-parallel ranks share."""
@@ -135,9 +165,11 @@ class _StagePasses:
     divisors: Sequence[float]
     seeds: tuple[int, ...]
     loss_scale: float | None
+    measure: Measure | None
 
     def __post_init__(self) -> None:
         self.loss = torch.zeros((), device=self.device)
+        self.sums = torch.zeros(self.measure.size if self.measure else 0, dtype=torch.float64, device=self.device)
         self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
 
     def compute(self, action: Action, received: Tensor | None) -> Tensor | None:
@@ -157,16 +189,37 @@ class _StagePasses:
         tokens, positions, bounds = (
             to_device(array, self.device) for array in (rows.tokens, rows.positions, rows.cu_seqlens)
         )
-        labels = to_device(rows.labels, self.device) if is_last else None
-        chunk = self.model.chunks[self.pipeline.chunk(action)]
-        result = chunk(tokens, positions, bounds, rows.max_seqlen, labels, hidden)
-        if is_last:
-            loss = (result * to_device(rows.weights, self.device)).sum() / self.divisors[action.micro_batch]
-            self.loss += loss.detach()
-            result = loss * (self.loss_scale or 1.0)
+        chunk = cast(Model, self.model.chunks[self.pipeline.chunk(action)])
+        head = self._evaluation_losses if self.loss_scale is None else self._training_loss
+        at_end = partial(head, action) if is_last else None
+        result = chunk(tokens, positions, bounds, rows.max_seqlen, at_end, hidden)
         if self.loss_scale is not None:
             self._kept[action.virtual_stage, action.micro_batch] = hidden, result
         return None if is_last else result.detach()
+
+    def _training_loss(self, action: Action, x: Tensor, weight: Tensor) -> Tensor:
+        """The micro batch's part of the loss, scaled."""
+        spread, labels, weights = self._supervision(action)
+        assert self.loss_scale
+        loss = output_loss(spread, x, weight, labels, weights * (self.loss_scale / self.divisors[action.micro_batch]))
+        self.loss += loss.detach() / self.loss_scale
+        return loss
+
+    def _evaluation_losses(self, action: Action, x: Tensor, weight: Tensor) -> Tensor:
+        """The losses of its tokens; what is wanted beside the loss is added up while there is the hidden state."""
+        spread, labels, weights = self._supervision(action)
+        losses = token_losses(spread, x, weight, labels)
+        self.loss += losses @ weights / self.divisors[action.micro_batch]
+        if self.measure:
+            rows = self.micro_batches[action.micro_batch]
+            self.sums += self.measure.sums(rows, losses, lambda: likeliest(spread, x, weight))
+        return losses
+
+    def _supervision(self, action: Action) -> tuple[Spread, Tensor, Tensor]:
+        """How the last chunk is spread; labels and weights of the micro batch."""
+        rows = self.micro_batches[action.micro_batch]
+        chunk = cast(Model, self.model.chunks[self.pipeline.chunk(action)])
+        return chunk.spread, to_device(rows.labels, self.device), to_device(rows.weights, self.device)
 
     def _backward(self, action: Action, gradient: Tensor | None) -> Tensor | None:
         self._prepare_backward(action)

@@ -142,29 +142,6 @@ class Close(torch.autograd.Function):
         return None, ctx.duals.open(gradient)
 
 
-class VocabularyCrossEntropy(torch.autograd.Function):
-    """Cross entropy of logits [t, v / ranks], in fp32, without ever gathering the vocabulary."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor, start: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dtype = logits.dtype  # type: ignore[attr-defined]
-        largest = collectives.all_reduce(logits.amax(-1).float(), "max", group)
-        shifted = logits.float() - largest[:, None]
-        columns, mine = _own_rows(labels, start, logits.shape[1])
-        target = shifted.gather(1, columns[:, None])[:, 0] * mine
-        exponentials = shifted.exp_()
-        total, target = collectives.all_reduce(torch.stack([exponentials.sum(-1), target]), "sum", group)
-        ctx.save_for_backward(exponentials.div_(total[:, None]), columns, mine)
-        return total.log() - target
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        probabilities, columns, mine = ctx.saved_tensors
-        logits_gradient = probabilities  # in place: a graph is used once, and logits are the largest activation
-        logits_gradient.scatter_add_(1, columns[:, None], -mine[:, None].float())
-        return logits_gradient.mul_(gradient[:, None]).to(ctx.dtype), None, None, None
-
-
 def _own_rows(ids: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
     """Which ids fall on this rank's rows [start, start + size): their local numbers (0 elsewhere), and the mask."""
     local = ids - start
@@ -193,6 +170,7 @@ class TensorSpread(Spread):
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.vocab_start, _ = chunk(vocab_size, self.size, self.rank)
+        _, self.vocab_part = chunk(vocab_size, self.size, 0)  # the first ranks have most
         self.key_value_heads = key_value_heads
 
     def column(self, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -216,8 +194,29 @@ class TensorSpread(Spread):
     def own_tokens(self, x: Tensor) -> Tensor:
         return x.chunk(self.size)[self.rank] if self.duals.sequence_parallel else x
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return VocabularyCrossEntropy.apply(logits, labels, self.vocab_start, self.group)
+    def open_hidden(self, x: Tensor) -> Tensor:
+        return self.duals.open(x)
+
+    def close_hidden(self, gradient: Tensor) -> Tensor:
+        return collectives.wait_tensor(self.duals.close(gradient))
+
+    def most_rows(self, weight: Tensor) -> int:
+        return self.vocab_part
+
+    def own_labels(self, labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+        return _own_rows(labels, self.vocab_start, vocab_size)
+
+    def join_vocabulary(self, log_sums: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        largest = collectives.all_reduce(log_sums, "max", self.group)
+        shares = torch.stack([(log_sums - largest).exp(), targets])
+        total, target = collectives.all_reduce(shares, "sum", self.group)
+        return largest + total.log(), target
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        own, columns = logits.max(-1)  # the first of equal ones
+        largest = collectives.all_reduce(own.float(), "max", self.group)
+        ids = (columns + self.vocab_start).masked_fill(own < largest, torch.iinfo(torch.int64).max)
+        return collectives.all_reduce(ids, "min", self.group)
 
     def hidden_randomness(self) -> AbstractContextManager[None]:
         return self.head_randomness() if self.duals.sequence_parallel else nullcontext()

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from megatron.checkpoint import Checkpoint
-from megatron.checkpoint.load import HF_CONFIG, read_json
+from megatron.checkpoint.json_file import read_json
+from megatron.checkpoint.load import HF_CONFIG
 from megatron.config import RunConfig, UsageError
 from megatron.config.resolve import MEANINGS, SHAPES, flag_of
-from megatron.data import MicroBatch, build_instruction_splits
-from megatron.data.batch import Sample, ignored_rows
+from megatron.data import MicroBatch, Sample, build_splits
+from megatron.data.batch import ignored_rows
 from megatron.data.plan import LAYOUTS
 from megatron.hf.config import model_fields, vocabulary_size
 from megatron.hf.hub import model_folder
@@ -23,7 +24,6 @@ from megatron.parallel.engine import Engine
 from megatron.parallel.logits import hidden_states, whole_logits
 from megatron.parallel.mesh import leaves_no_group, open_mesh, plan_layout, world_size_of
 from megatron.parallel.plan import virtual_stages
-from megatron.tokenizer.chat import Role
 from megatron.training.launch import row_options
 from megatron.training.log import main_rank_writer
 from megatron.training.persistence import fill_model
@@ -96,7 +96,7 @@ def verify_correctness(
     folder = model_folder(theirs.name, theirs.cache)
     differing = _differing_settings(config, checkpoint, folder)
     samples, source = read_samples(config, rows, checkpoint.vocab_size)
-    with open_mesh(layout, config.parallel.distributed_backend) as mesh:
+    with open_mesh(layout, config.parallel) as mesh:
         say = main_rank_writer(mesh.is_main)
         for warning in checkpoint.warnings:
             say(warning)
@@ -168,19 +168,19 @@ def read_samples(config: RunConfig, count: int, vocab_size: int) -> tuple[list[S
         random = np.random.default_rng(config.training.seed)
         longest = min(data.seq_length, MOST_RANDOM_TOKENS)
         lengths = random.integers(longest // 2, longest + 1, count) + 1
-        samples = [(random.integers(0, vocab_size, n), np.full(n, int(Role.ASSISTANT))) for n in lengths.clip(2)]
+        samples = [Sample(random.integers(0, vocab_size, n), np.ones(n - 1, np.float32)) for n in lengths.clip(2)]
         return samples, f"{count} rows of up to {longest} random tokens (no --data_path)"
-    splits = build_instruction_splits(data)
-    dataset = next(split for split in (splits.train, splits.valid, splits.test) if split).dataset
-    numbers = np.flatnonzero(dataset.lengths > 1)[:count]
+    splits = build_splits(data, config.training.seed)
+    dataset = next(split for split in (splits.train, splits.valid, splits.test) if split).datasets[0]
+    numbers = np.flatnonzero(dataset.lengths(np.arange(len(dataset))) > 1)[:count]
     if not len(numbers):
-        raise ValueError(f"{dataset.prefix} has no row of two tokens")
+        raise ValueError(f"{dataset.name} has no row of two tokens")
     rows = [dataset[int(number)] for number in numbers]
-    strange = sum(int((ids >= vocab_size).sum()) for ids, _ in rows)
-    line = f"{len(rows)} rows of {dataset.prefix}, cut off at {data.seq_length} tokens"
+    strange = sum(int((row.tokens >= vocab_size).sum()) for row in rows)
+    line = f"{len(rows)} rows of {dataset.name}, cut off at {data.seq_length} tokens"
     if strange:
         line += f"; {strange} tokens beyond the vocabulary of {vocab_size} became 0"
-    return [(np.where(ids < vocab_size, ids, 0), roles) for ids, roles in rows], line
+    return [Sample(np.where(row.tokens < vocab_size, row.tokens, 0), row.weights) for row in rows], line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +238,7 @@ class Comparison:
     def _places(self, share: Share) -> list[slice]:
         """Where in the micro batch the tokens of each of its samples are."""
         options = row_options(self.config, self.engine.mesh)
-        lengths = options.input_tokens(np.array([len(self.samples[number][0]) for number in share.numbers]))
+        lengths = options.input_tokens(np.array([len(self.samples[number].tokens) for number in share.numbers]))
         starts = share.rows.cu_seqlens[: len(lengths)]
         return [slice(int(start), int(start + length)) for start, length in zip(starts, lengths, strict=True)]
 

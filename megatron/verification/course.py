@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 from torch import Tensor
 
 from megatron.checkpoint import Checkpoint
 from megatron.config import RunConfig
-from megatron.data import InstructionBatches, MicroBatch
-from megatron.data.instruction import InstructionDataset
+from megatron.data import GlobalBatches, MicroBatch, Samples, SampleStream
 from megatron.optim.groups import build_optimizer
 from megatron.optim.loss_scale import build_loss_scale
 from megatron.optim.schedule import ParameterSchedule
@@ -19,15 +17,19 @@ from megatron.parallel.build import build_model, local_tensor
 from megatron.parallel.engine import BatchLoss, Engine
 from megatron.parallel.mesh import Mesh
 from megatron.tokenizer import Tokenizer
+from megatron.training.accidents import Accidents
 from megatron.training.batch_size import BatchSize
 from megatron.training.evaluate import Evaluator
 from megatron.training.launch import row_options
-from megatron.training.persistence import Saver, fill_model, resume
+from megatron.training.metrics import Meter
+from megatron.training.persistence import fill_model, resume
+from megatron.training.place import Place
+from megatron.training.saver import Saver
 from megatron.training.state import TrainingState
+from megatron.training.stop import Stops
 from megatron.training.timers import Timers
 from megatron.training.trackers import Trackers
 from megatron.training.trainer import Trainer
-from megatron.verification.yardstick import RandomSamples
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Course:
         self,
         config: RunConfig,
         vocab_size: int,
-        samples: RandomSamples,
+        samples: Samples,
         mesh: Mesh,
         checkpoint: Checkpoint | None = None,
     ) -> None:
@@ -109,6 +111,9 @@ class Course:
                 batches={},
                 eval_iters=0,
                 global_batch_size=size,
+                meter=Meter(),
+                stops=Stops(),
+                place=Place(),
                 logging=config.logging,
                 trackers=trackers,
                 say=_silent,
@@ -117,8 +122,10 @@ class Course:
             train_iters=training.train_iters or 0,
             flops=lambda lengths: 0.0,
             peak_flops=None,
-            stops=(),
-            save=lambda state: None,
+            stops=Stops(),
+            save=None,
+            restore=None,
+            accidents=Accidents.of(config, is_main=False, say=_silent),
             say=_silent,
             trackers=trackers,
             timers=Timers(config.logging),
@@ -146,16 +153,14 @@ class Course:
         Saver(config, self.mesh, tokenizer, self.vocab_size, _silent)(self.trainer.state)
 
 
-def _batches(config: RunConfig, samples: RandomSamples, mesh: Mesh) -> InstructionBatches:
+def _batches(config: RunConfig, samples: Samples, mesh: Mesh) -> GlobalBatches:
     assert config.data.packing
-    return InstructionBatches(
-        dataset=cast(InstructionDataset, samples),
-        indices=np.arange(len(samples)),
+    return GlobalBatches(
+        stream=SampleStream([samples], seed=config.training.seed, shuffled=True),
         rows=row_options(config, mesh),
         packing=config.data.packing,
         data_parallel_rank=mesh.rank("dp"),
         data_parallel_size=mesh.size("dp"),
-        seed=config.training.seed,
     )
 
 

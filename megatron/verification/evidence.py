@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron.config import RunConfig
+from megatron.data import Samples
 from megatron.parallel.mesh import Mesh
 from megatron.verification.checks import gradient_differences
 from megatron.verification.course import Course, MeshStep
 from megatron.verification.resumption import Resumption
 from megatron.verification.rows import LOSS, TOLERANCES, Row
-from megatron.verification.yardstick import PlainStep, RandomSamples
+from megatron.verification.yardstick import PlainStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Evidence:
 
     config: RunConfig
     vocab_size: int
-    samples: RandomSamples
+    samples: Samples
     mesh: Mesh
     course: Course
     plain: Sequence[PlainStep]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint import open_checkpoint
 from megatron.config import RunConfig
+from megatron.data import Samples
 from megatron.parallel.mesh import Mesh, leaves_no_group, open_mesh, plan_layout, world_size_of
 from megatron.training.log import main_rank_writer
 from megatron.verification.checks import compare_packings, compare_resumed, compare_with_plain
@@ -40,8 +41,10 @@ def verify(config: RunConfig) -> bool:
     small, vocab_size = shrink(config, layout), vocabulary(layout.tensor)
     size = small.training.global_batch_size
     assert size
-    samples = RandomSamples(2 * size + 7, SEQ_LENGTH + 7, vocab_size)  # so few that an epoch ends on the way
-    with open_mesh(layout, config.parallel.distributed_backend) as mesh:
+    samples = RandomSamples(
+        2 * size + 7, SEQ_LENGTH + 7, vocab_size, small.data
+    )  # so few that an epoch ends on the way
+    with open_mesh(layout, config.parallel) as mesh:
         say = main_rank_writer(mesh.is_main)
         trial = Trial(small, vocab_size, samples, mesh)
         course = trial.course()
@@ -59,7 +62,7 @@ class Trial:
 
     config: RunConfig
     vocab_size: int
-    samples: RandomSamples
+    samples: Samples
     mesh: Mesh
 
     def course(self) -> Course:

@@ -26,6 +26,7 @@ GROUPS_KEPT = (ModelConfig, OptimizerConfig, PrecisionConfig, ParallelConfig, Re
 FLAGS_KEPT = {
     *("micro_batch_size", "seed", "calculate_per_token_loss"),
     *("seq_length", "variable_seq_lengths", "scalar_loss_mask", "packing"),
+    *("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
     *("load", "load_iters", "use_checkpoint_args"),
     *(field.name for group in GROUPS_KEPT for field in fields(group)),
 }
@@ -99,6 +100,9 @@ def shrink(config: RunConfig, layout: Layout) -> RunConfig:
             variable_seq_lengths=config.data.variable_seq_lengths,
             scalar_loss_mask=config.data.scalar_loss_mask,
             packing=config.data.packing,
+            reset_position_ids=config.data.reset_position_ids,
+            reset_attention_mask=config.data.reset_attention_mask,
+            eod_mask_loss=config.data.eod_mask_loss,
             num_workers=0,
         ),
         tokenizer=TokenizerConfig(),

@@ -9,30 +9,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.config import RunConfig
-from megatron.data import MicroBatch
-from megatron.data.batch import Sample
-from megatron.data.order import SampleOrder
+from megatron.config import DataConfig, RunConfig
+from megatron.data import Array, MicroBatch, Sample, Samples, SampleStream
+from megatron.data.batch import ONE_DOCUMENT
+from megatron.data.instruction import loss_weights
 from megatron.model import Model
 from megatron.model.initialization import initial_weight
 
-ASSISTANT = 2
-"""The role whose tokens weigh 1."""
-
 
 class RandomSamples:
-    """A stand-in for `InstructionDataset`: random tokens and roles of various lengths, some longer than a row."""
+    """Random samples of various lengths, some longer than a row; documents in them by the flags for pretraining."""
 
-    def __init__(self, count: int, longest: int, vocab_size: int) -> None:
+    name = "random"
+
+    def __init__(self, count: int, longest: int, vocab_size: int, data: DataConfig) -> None:
         random = np.random.default_rng(7)
-        self.lengths = random.integers(3, longest, count).astype(np.int32)
-        self._rows = [(random.integers(0, vocab_size, n), np.sort(random.integers(0, 3, n))) for n in self.lengths]
+        self._lengths = random.integers(3, longest, count)
+        rows = [(random.integers(0, vocab_size, n), np.sort(random.integers(0, 3, n))) for n in self._lengths]
+        starts = [np.flatnonzero(np.append(0, random.integers(0, 6, n - 1)) == 0) for n in self._lengths]
+        self._samples = [
+            Sample(
+                tokens,
+                _weights(roles, borders[1:], data),
+                document_starts=borders if data.reset_attention_mask else ONE_DOCUMENT,
+                position_starts=borders if data.reset_position_ids else ONE_DOCUMENT,
+            )
+            for (tokens, roles), borders in zip(rows, starts, strict=True)
+        ]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._samples)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self._rows[index]
+    def lengths(self, numbers: Array) -> Array:
+        """Tokens of each."""
+        return self._lengths[numbers % len(self)]
+
+    def document_starts(self, number: int) -> Array:
+        """See `Sample`."""
+        return self[number].document_starts
+
+    def place(self, number: int) -> str:
+        """None in particular."""
+        return f"sample {number % len(self)}"
+
+    def __getitem__(self, number: int) -> Sample:
+        return self._samples[number % len(self)]
+
+
+def _weights(roles: Array, borders: Array, data: DataConfig) -> Array:
+    weights = loss_weights(roles, data.scalar_loss_mask)
+    if data.eod_mask_loss:
+        weights[borders - 1] = 0
+    return weights
 
 
 @dataclass(frozen=True)
@@ -63,34 +91,39 @@ def plain_model(config: RunConfig, vocab_size: int) -> Model:
 
 def sample_loss(model: Model, config: RunConfig, sample: Sample, zero_positions: bool = False) -> tuple[Tensor, Tensor]:
     """(weighted sum of token losses, sum of weights) of one sample alone; with `zero_positions` none is turned."""
-    tokens = torch.as_tensor(sample[0])[: config.data.seq_length + 1]  # type: ignore[operator]
-    roles = torch.as_tensor(sample[1])[1 : len(tokens)]
-    weights = torch.where(roles == ASSISTANT, 1.0, config.data.scalar_loss_mask)
-    return _document_loss(model, tokens[:-1], tokens[1:], weights, zero_positions)
+    tokens = torch.as_tensor(sample.tokens)[: config.data.seq_length + 1]  # type: ignore[operator]
+    size = len(tokens) - 1
+    weights, positions = torch.as_tensor(sample.weights)[:size], torch.arange(size)
+    for start in sample.position_starts.tolist():
+        positions[start:] = torch.arange(size - min(start, size))
+    bounds = [*(start for start in sample.document_starts.tolist() if start < size), size]
+    losses = [
+        _document_loss(model, tokens[a:b], tokens[1:][a:b], weights[a:b], positions[a:b] * (not zero_positions))
+        for a, b in pairwise(bounds)
+    ]
+    return torch.stack(losses).sum(), weights.sum()
 
 
 def micro_batch_losses(model: Model, rows: MicroBatch) -> Iterator[tuple[Tensor, Tensor]]:
     """The same of each document of a micro batch."""
-    arrays = [torch.as_tensor(array) for array in (rows.tokens, rows.labels, rows.weights)]
+    arrays = [torch.as_tensor(array) for array in (rows.tokens, rows.labels, rows.weights, rows.positions)]
     for start, stop in pairwise(rows.cu_seqlens.tolist()):
-        tokens, labels, weights = (array[start:stop] for array in arrays)
-        yield _document_loss(model, tokens, labels, weights)
+        tokens, labels, weights, positions = (array[start:stop] for array in arrays)
+        yield _document_loss(model, tokens, labels, weights, positions), weights.sum()
 
 
-def _document_loss(
-    model: Model, tokens: Tensor, labels: Tensor, weights: Tensor, zero_positions: bool = False
-) -> tuple[Tensor, Tensor]:
+def _document_loss(model: Model, tokens: Tensor, labels: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
     size = len(tokens)
-    positions = torch.arange(size) * (not zero_positions)
     logits = model(tokens, positions, torch.tensor([0, size], dtype=torch.int32), size)
-    return (F.cross_entropy(logits, labels, reduction="none") * weights).sum(), weights.sum()
+    return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
 
 
-def global_batch(config: RunConfig, samples: RandomSamples, step: int) -> list[Sample]:
+def global_batch(config: RunConfig, samples: Samples, step: int) -> list[Sample]:
     """The samples of a step."""
     size = config.training.global_batch_size
     assert size
-    return [samples[int(i)] for i in SampleOrder(len(samples), config.training.seed).indices(step * size, size)]
+    stream = SampleStream([samples], seed=config.training.seed, shuffled=True)
+    return stream.read(stream.choose(step * size, size))
 
 
 def batch_loss(model: Model, config: RunConfig, batch: Sequence[Sample], zero_positions: bool = False) -> Tensor:
@@ -106,7 +139,7 @@ def batch_loss(model: Model, config: RunConfig, batch: Sequence[Sample], zero_po
     return torch.stack(means).mean()
 
 
-def train_plainly(config: RunConfig, vocab_size: int, samples: RandomSamples, steps: int) -> list[PlainStep]:
+def train_plainly(config: RunConfig, vocab_size: int, samples: Samples, steps: int) -> list[PlainStep]:
     """The first steps of a run, from its initial weights."""
     model = plain_model(config, vocab_size)
     optimizer = _optimizer(config, model)

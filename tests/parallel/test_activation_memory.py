@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from worlds import World
 
 from megatron.config import ModelConfig, RecomputeConfig
 from megatron.model import Model, Spread
+from megatron.model.cross_entropy import output_loss
 from megatron.parallel.costs import activation_bytes, kept_tensors
 from megatron.parallel.plan import tensor_ranges
 from megatron.parallel.recompute import recomputing
@@ -108,11 +110,12 @@ def spread_model(case: Case, layers: int) -> Model:
     return model
 
 
-def token_losses(model: Model) -> Tensor:
+def loss(model: Model) -> Tensor:
     """The forward pass of a micro batch of one document."""
     positions = torch.arange(TOKENS)
     ids = positions % VOCAB_SIZE
-    return model(ids, positions, torch.tensor([0, TOKENS], dtype=torch.int32), TOKENS, ids)
+    head = partial(output_loss, model.spread, labels=ids, factors=torch.ones(TOKENS))
+    return model(ids, positions, torch.tensor([0, TOKENS], dtype=torch.int32), TOKENS, head)
 
 
 class LiveStorages(TorchDispatchMode):
@@ -146,8 +149,8 @@ class LiveStorages(TorchDispatchMode):
 def measured_forward(model: Model) -> Callable[[], int]:
     """A measure of what the forward pass, which is made here, still keeps."""
     with LiveStorages() as storages:
-        losses = token_losses(model)
-    return lambda: storages.live_bytes(besides=[*model.parameters(), losses])
+        result = loss(model)
+    return lambda: storages.live_bytes(besides=[*model.parameters(), result])
 
 
 def kept_by_layers(case: Case, fewer: int, more: int) -> int:
@@ -200,7 +203,7 @@ def allocated_bytes(run: Callable[[], Any]) -> int:
 def both_measures(case: Case) -> tuple[int, int]:
     """What a third layer adds to live storages, and to the allocator's own count."""
     models = [spread_model(case, layers) for layers in (2, 3)]
-    allocated = [allocated_bytes(lambda model=model: token_losses(model)) for model in models]
+    allocated = [allocated_bytes(lambda model=model: loss(model)) for model in models]
     return kept_by_layers(case, 2, 3), allocated[1] - allocated[0]
 
 

@@ -3,16 +3,18 @@
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from test_activation_memory import GRANULARITIES, SMALL, TOKENS, VOCAB_SIZE, Case, spread_model, token_losses
+from test_activation_memory import GRANULARITIES, SMALL, TOKENS, VOCAB_SIZE, Case, loss, spread_model
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from worlds import World
 
+from megatron.model.cross_entropy import output_loss
 from megatron.parallel.costs import collectives, cross_entropy_collectives
 from megatron.parallel.tensor import column_products
 
@@ -26,6 +28,8 @@ NAMES = {
     GATHER: "all_gather",
 }
 VALUE_BYTES = {"float": 4, "c10::BFloat16": 2}
+CHUNK_VALUES = TOKENS * VOCAB_SIZE // 5
+"""Of three chunks, whose sizes differ, on two ranks."""
 ELSEWHERE = ("not a functional collective", 0)
 CASES = [Case(2, split, torch.float32, recompute) for split in (False, True) for recompute in GRANULARITIES]
 CASES += [Case(4, True, torch.bfloat16, "full")]
@@ -60,8 +64,8 @@ def passes(case: Case, *layers: int) -> list[dict[str, Counts]]:
     counts = []
     for number in layers:
         model = spread_model(case, number)
-        losses, forward = counted(lambda model=model: token_losses(model))
-        _, backward = counted(losses.sum().backward)
+        result, forward = counted(lambda model=model: loss(model))
+        _, backward = counted(result.backward)
         counts.append({"forward": forward, "backward": backward})
     return counts
 
@@ -90,37 +94,39 @@ def test_collectives_equal_the_formula(world: World, case: Case) -> None:
             assert three[direction] == two[direction] + layer
             ends = expected(case, "embedding", direction) + expected(case, "head", direction)
             if direction == "forward":
-                ends += cross_entropy_collectives(TOKENS)
+                ends += cross_entropy_collectives(TOKENS, VOCAB_SIZE // case.ranks)
             assert two[direction] == times(2, layer) + ends
 
 
 def end_passes(case: Case) -> dict[str, list[Counts]]:
-    """Forward and backward of embedding, head and cross entropy, each by itself."""
+    """Forward and backward of embedding and head, each by itself, with few tokens of the head a chunk."""
     model = spread_model(case, 1)
     own_tokens = TOKENS // case.ranks if case.sequence_parallel else TOKENS
     hidden = torch.randn(own_tokens, SMALL.hidden_size, dtype=case.dtype, requires_grad=True)
-    logits = torch.randn(TOKENS, VOCAB_SIZE // case.ranks, dtype=case.dtype, requires_grad=True)
     ids = torch.arange(TOKENS) % VOCAB_SIZE
     runs: dict[str, Callable[[], Tensor]] = {
         "embedding": lambda: model.spread.embed(ids, model.embedding.weight),
-        "head": lambda: model.spread.column(hidden, model.lm_head.weight)[0],
-        "cross_entropy": lambda: model.spread.cross_entropy(logits, ids),
+        "head": lambda: output_loss(model.spread, hidden, model.lm_head.weight, ids, torch.ones(TOKENS)),
     }
     counts = {}
-    for name, run in runs.items():
-        result, forward = counted(run)
-        _, backward = counted(result.sum().backward)
-        counts[name] = [forward, backward]
+    with patch("megatron.model.cross_entropy.CHUNK_VALUES", CHUNK_VALUES):
+        for name, run in runs.items():
+            result, forward = counted(run)
+            _, backward = counted(result.sum().backward)
+            counts[name] = [forward, backward]
     return counts
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_the_ends_equal_the_formula(world: World, sequence_parallel: bool) -> None:
     case = Case(2, sequence_parallel, torch.bfloat16)
+    with patch("megatron.model.cross_entropy.CHUNK_VALUES", CHUNK_VALUES):
+        cross_entropy = cross_entropy_collectives(TOKENS, VOCAB_SIZE // case.ranks)
+    assert cross_entropy.total() == 2 * 3
     for counts in world(2, end_passes, case):
-        for part in ("embedding", "head"):
-            assert counts[part] == [expected(case, part, direction) for direction in ("forward", "backward")]
-        assert counts["cross_entropy"] == [cross_entropy_collectives(TOKENS), Counter()]
+        embedding, head = ([expected(case, part, way) for way in ("forward", "backward")] for part in counts)
+        assert counts["embedding"] == embedding
+        assert counts["head"] == [head[0] + cross_entropy, head[1]]
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

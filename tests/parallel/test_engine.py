@@ -35,7 +35,7 @@ def build(flags: dict[str, Any], mesh: Mesh) -> ParallelModel:
 def norms_with_an_empty_micro_batch(loss_scale: float) -> list[float]:
     """Gradient norms of three micro batches, one without weight, averaged by micro batch."""
     config = tiny_config()
-    with open_mesh(plan_layout(dist.get_world_size(), config.parallel, config.model), "gloo") as mesh:
+    with open_mesh(plan_layout(dist.get_world_size(), config.parallel, config.model), config.parallel) as mesh:
         model = build({}, mesh)
         engine = Engine(model, mesh, seed=1, per_token=False)
         loss = engine.forward_backward([rows(1.0), rows(0.0), rows(1.0)], 0, loss_scale)
@@ -51,7 +51,7 @@ def gathered_between_micro_batches(full_sharding: bool) -> list[int]:
     """How many layers still hold gathered weights when each micro batch begins."""
     flags = {"full_sharding": full_sharding}
     config, counts = tiny_config(**flags), []
-    with open_mesh(plan_layout(dist.get_world_size(), config.parallel, config.model), "gloo") as mesh:
+    with open_mesh(plan_layout(dist.get_world_size(), config.parallel, config.model), config.parallel) as mesh:
         model = build(flags, mesh)
         (chunk,) = model.chunks
         layers = [module for module in sharded_modules(chunk) if module is not chunk]

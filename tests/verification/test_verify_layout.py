@@ -20,6 +20,7 @@ import megatron.data.plan as data_plan
 import megatron.parallel.build as build
 import megatron.parallel.engine as engine
 import megatron.training.persistence as persistence
+import megatron.training.saver as saver
 from megatron.config import resolve_run, run_entry
 from megatron.data import MicroBatch
 from megatron.model import Model
@@ -122,21 +123,19 @@ def scaling_is_not_built(patch: pytest.MonkeyPatch) -> None:
 
 
 def theta_is_not_saved(patch: pytest.MonkeyPatch) -> None:
-    describe = persistence.Saver._description
+    describe = saver.Saver._description
 
     def planted(*args: Any) -> dict[str, Any]:
         run = describe(*args)
         del run["config"]["model"]["rope_theta"]
         return run
 
-    patch.setattr(persistence.Saver, "_description", planted)
+    patch.setattr(saver.Saver, "_description", planted)
 
 
 def final_norm_is_not_saved(patch: pytest.MonkeyPatch) -> None:
-    slices = persistence.model_slices
-    patch.setattr(
-        persistence, "model_slices", lambda model: [s for s in slices(model) if s.name != "final_norm.weight"]
-    )
+    slices = saver.model_slices
+    patch.setattr(saver, "model_slices", lambda model: [s for s in slices(model) if s.name != "final_norm.weight"])
 
 
 def optimizer_is_not_loaded(patch: pytest.MonkeyPatch) -> None:
@@ -191,6 +190,7 @@ def failed_rows(output: str) -> set[str]:
         (4, {**TP4, **SP, "rope_scaling_factor": 2.0, "recompute_granularity": "full"}),
         (4, {**PP2, **TIED, "num_layers_per_virtual_pipeline_stage": 2, "micro_batch_size": 1}),
         (4, {**PP2, **TP2, "layers_per_pipeline_stage": (3, 5)}),
+        (2, {**TP2, **SP, "reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}),
     ],
     ids=str,
 )
