@@ -4,18 +4,27 @@ Out: folders of safetensors and JSON that become visible only when whole. In: th
 Loading never runs code from a file.
 """
 
-from megatron.checkpoint.folder import changed_files
+from megatron.checkpoint.folder import holds_checkpoints
+from megatron.checkpoint.integrity import is_changed, large_files
 from megatron.checkpoint.load import Checkpoint, open_checkpoint
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.retention import prune
+from megatron.checkpoint.save import Save, begin_checkpoint, save_checkpoint
 from megatron.checkpoint.store import Slice, TensorStore
 from megatron.checkpoint.vocabulary import vocabulary_size, with_vocabulary
+from megatron.checkpoint.writing import Ranks
 
 __all__ = [
     "Checkpoint",
+    "Ranks",
+    "Save",
     "Slice",
     "TensorStore",
-    "changed_files",
+    "begin_checkpoint",
+    "holds_checkpoints",
+    "is_changed",
+    "large_files",
     "open_checkpoint",
+    "prune",
     "save_checkpoint",
     "vocabulary_size",
     "with_vocabulary",

@@ -13,7 +13,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 
 from megatron.checkpoint.formed import formed, formed_shape
-from megatron.checkpoint.load import HF_CONFIG, Checkpoint, open_checkpoint, read_json
+from megatron.checkpoint.json_file import read_json
+from megatron.checkpoint.load import HF_CONFIG, Checkpoint, open_checkpoint
 from megatron.checkpoint.safetensors_file import Entry, SafetensorsWriter
 from megatron.checkpoint.store import read_ahead
 from megatron.config import UsageError

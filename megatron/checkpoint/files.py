@@ -6,10 +6,10 @@ The entries of a safetensors file may be slices of larger tensors. Its metadata 
     GLOBAL_SHAPES       {name: [rows, columns]} of the whole tensors
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron.checkpoint.json_file import parse_json
 from megatron.checkpoint.safetensors_file import NAMED_DTYPES
 
 BLOCK_BYTES = 1 << 24
+LARGEST_SIZE = 1 << 48
+"""More than a dimension of a tensor can be."""
 OFFSETS, SHAPES = "DCP_SHARDING_INFO", "GLOBAL_SHAPES"
 Ranges = tuple[slice, ...]
 
@@ -46,9 +49,15 @@ class TensorFile(Protocol):
         """A part of an entry."""
         ...
 
+    def close(self) -> None:
+        """Let go of it until it is read again: a file that is open takes room on the disk after it was removed."""
+        ...
+
 
 class SafetensorsFile:
     """A safetensors file, checked by `safetensors`. Reads are plain ones: pages of a mapped file would stay resident.
+
+    It is opened when it is first read, since a process cannot have the files of a thousand ranks open.
 
     Raises:
         ValueError: it is damaged.
@@ -56,26 +65,27 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._opened: FileIO | None = None
         try:
-            with safe_open(path, framework="pt"):
-                self._file = path.open("rb", buffering=0)
+            with safe_open(path, framework="pt"), path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                self._header: dict[str, Any] = parse_json(file.read(size))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
-        size = int.from_bytes(self._file.read(8), "little")
-        self._header: dict[str, Any] = json.loads(self._file.read(size))
         self._metadata = self._header.pop("__metadata__", {})
         self._begin = 8 + size
 
     def contents(self) -> Iterator[Content]:
         """All entries."""
         try:
-            offsets = json.loads(self._metadata.get(OFFSETS, "{}"))
-            wholes = json.loads(self._metadata.get(SHAPES, "{}"))
+            offsets = parse_json(self._metadata.get(OFFSETS, "{}"))
+            wholes = parse_json(self._metadata.get(SHAPES, "{}"))
             for name, entry in self._header.items():
                 shape = tuple(entry["shape"])
-                start = tuple(offsets[name]["saved_offsets"]) if name in offsets else (0,) * len(shape)
-                yield Content(name, start, shape, tuple(wholes.get(name, shape)), NAMED_DTYPES[entry["dtype"]])
-        except (KeyError, TypeError, ValueError) as error:
+                start = offsets[name]["saved_offsets"] if name in offsets else [0] * len(shape)
+                start, whole = _sizes(start, len(shape)), _sizes(wholes.get(name, shape), len(shape))
+                yield Content(name, start, shape, whole, NAMED_DTYPES[entry["dtype"]])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self._path}: damaged metadata or unknown type: {error!r}") from error
 
     def read(self, name: str, ranges: Ranges) -> Tensor:
@@ -97,14 +107,34 @@ class SafetensorsFile:
             rows = slice(rows.start + len(part), rows.stop)
         return result
 
+    def close(self) -> None:
+        """Let go of it until it is read again."""
+        if self._opened:
+            self._opened.close()
+            self._opened = None
+
     def _fill(self, tensor: Tensor, offset: int) -> None:
         """Read a tensor's bytes, which begin at `offset` of the file."""
+        self._opened = self._opened or self._path.open("rb", buffering=0)
         data = tensor.reshape(-1).view(torch.uint8).numpy().data
         while data:
-            count = os.preadv(self._file.fileno(), [data], offset)
+            count = os.preadv(self._opened.fileno(), [data], offset)
             if not count:
                 raise ValueError(f"{self._path} ends too early: it was changed while it was read")
             data, offset = data[count:], offset + count
+
+
+def _sizes(values: Any, count: int) -> tuple[int, ...]:
+    """What should be so many sizes, of a tensor's dimensions.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(values, list | tuple) or len(values) != count:
+        raise ValueError(f"{values!r} are not {count} sizes")
+    if not all(type(value) is int and 0 <= value < LARGEST_SIZE for value in values):
+        raise ValueError(f"{values!r} are not sizes")
+    return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -123,6 +153,9 @@ class MappedFile:
     def read(self, name: str, ranges: Ranges) -> Tensor:
         """A part of an entry."""
         return self.tensors[name][ranges]
+
+    def close(self) -> None:
+        """It stays mapped: nothing here removes the files of other toolkits."""
 
 
 def map_pickled(path: Path) -> MappedFile:

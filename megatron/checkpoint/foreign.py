@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.checkpoint.files import MappedFile
-from megatron.checkpoint.folder import RELEASE, TRACKER, folder_name
+from megatron.checkpoint.folder import RELEASE, TRACKED, TRACKER, folder_name, read_tracker
 from megatron.checkpoint.formed import FormedStore, check_shapes, formed_shape
 from megatron.checkpoint.pickles import Inert, read_pickle
 from megatron.checkpoint.store import Piece, SlicedStore, TensorStore
@@ -98,8 +98,8 @@ def reference_folder(load: Path, iteration: int | None) -> Path | None:
     """
     folder = load
     if (load / TRACKER).is_file():
-        text = (load / TRACKER).read_text(errors="replace").strip()
-        if text != RELEASE and not re.fullmatch(r"\d{1,18}", text):
+        text = read_tracker(load)
+        if not TRACKED.fullmatch(text):
             return None
         tracked = None if text == RELEASE else int(text)
         folder = load / folder_name(tracked if iteration is None else iteration)

@@ -53,6 +53,10 @@ class FormedStore:
         found = torch.cat([self._read(source, run, rest) for run in _runs(wanted[order])])
         return found if (np.diff(order) == 1).all() else found[torch.as_tensor(np.argsort(order))]
 
+    def close(self) -> None:
+        """Let go of the files until they are read again."""
+        self.store.close()
+
     def _read(self, source: Source, rows: slice, rest: Sequence[slice]) -> Tensor:
         """Rows of ours in the order in which they lie there."""
         if source.transposed:

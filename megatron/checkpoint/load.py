@@ -1,15 +1,28 @@
 """Opening weights of any kind: a checkpoint of any layout, one of its folders, or a folder of another toolkit's."""
 
-import json
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from megatron.checkpoint.folder import RELEASE, RUN, TRACKER, damage, iteration_folders, newest_whole
+from megatron.checkpoint.folder import (
+    MANIFEST,
+    OPTIMIZER,
+    RELEASE,
+    RUN,
+    TOKENIZER,
+    TRACKER,
+    WEIGHTS,
+    candidates,
+    iteration_folders,
+)
 from megatron.checkpoint.foreign import Foreign, is_meta, open_meta, open_reference, reference_folder
 from megatron.checkpoint.formed import FormedStore, check_shapes, formed_shape
+from megatron.checkpoint.integrity import check_folder
+from megatron.checkpoint.json_file import read_json
 from megatron.checkpoint.save import state_name
 from megatron.checkpoint.store import SlicedStore, TensorStore, open_files
 from megatron.checkpoint.vocabulary import vocabulary_size
@@ -27,6 +40,7 @@ HF_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NO_DAMAGE: Mapping[Path, str] = MappingProxyType({})
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 """Stored options, besides the architecture and `seq_length`, that a run may take over."""
 
@@ -75,6 +89,12 @@ class Checkpoint:
         known = {field.name for field in fields(ModelConfig)}
         return ModelConfig(**{k: v for k, v in self.run["config"]["model"].items() if k in known})
 
+    def close(self) -> None:
+        """Let go of the files, until they are read again: removed ones are gone only then."""
+        self.weights.close()
+        if self.optimizer:
+            self.optimizer.close()
+
     def stored_options(self) -> dict[str, Any]:
         """Options that a run may take over or must agree with, by field name."""
         config = self.run["config"]
@@ -85,15 +105,21 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    load: Path, iteration: int | None = None, *, reads_all: bool = False, family: str | None = None
+    load: Path,
+    iteration: int | None = None,
+    *,
+    reads_all: bool = False,
+    family: str | None = None,
+    damaged: Mapping[Path, str] = NO_DAMAGE,
 ) -> Checkpoint:
-    """The weights that `load` names.
+    """The weights that `load` names; of several checkpoints the one its tracker names, or the newest whole one.
 
     Args:
-        load: a folder with a tracker, an iteration's own folder, or a Hugging Face, Meta or Megatron-LLM folder.
-        iteration: which one of a folder with a tracker; by default the newest.
+        load: a folder of checkpoints, an iteration's own folder, or a Hugging Face, Meta or Megatron-LLM folder.
+        iteration: which one of a folder of checkpoints, and no other.
         reads_all: compare the checksums of all files, not only sizes and the small ones: takes as long as reading them.
         family: of a Meta or Megatron-LLM folder that does not say it; by default found from rotary base and epsilon.
+        damaged: folders that are known to be, and what is wrong with them.
 
     Raises:
         ValueError: there are none, or they are damaged; with the file and what is wrong.
@@ -104,16 +130,17 @@ def open_checkpoint(
     if reference:
         return _foreign(open_reference(reference, family))
     if (load / TRACKER).is_file():
-        return _open(*newest_whole(load, iteration, reads_all=reads_all))
+        return _open_first(load, candidates(load, iteration), reads_all, damaged)
     if (load / RUN).is_file():
-        problem = damage(load, reads_all=reads_all)
-        if problem:
-            raise ValueError(f"checkpoint {load} is damaged: {problem}")
-        checkpoint = _open(load, [])
+        checkpoint = _open_first(load, [load], reads_all, damaged)
     elif (load / HF_CONFIG).is_file():
         checkpoint = _open_hf(load)
     elif is_meta(load):
         checkpoint = _foreign(open_meta(load, read_json(load / PARAMS), family))
+    elif any((folder / MANIFEST).is_file() for folder in iteration_folders(load)):
+        checkpoint = _open_first(load, candidates(load, iteration), reads_all, damaged)
+        warning = f"{load} has no {TRACKER}: taking {checkpoint.folder}"
+        return replace(checkpoint, warnings=(warning, *checkpoint.warnings))
     else:
         folders = iteration_folders(load)
         hint = f"; to load {folders[-1].name} in it, name that folder" if folders else ""
@@ -125,21 +152,40 @@ def open_checkpoint(
     return checkpoint
 
 
-def _open(folder: Path, warnings: list[str]) -> Checkpoint:
+def _open_first(load: Path, folders: Iterable[Path], reads_all: bool, damaged: Mapping[Path, str]) -> Checkpoint:
+    """The first whole checkpoint of `folders`, with warnings about those before it."""
+    problems: list[str] = []
+    for folder in folders:
+        try:
+            if folder in damaged:
+                raise ValueError(damaged[folder])
+            check_folder(folder, reads_all=reads_all)
+            checkpoint = _open(folder)
+        except (OSError, ValueError) as error:
+            problems.append(f"checkpoint {folder} is damaged: {error}")
+        else:
+            return replace(checkpoint, warnings=tuple(f"{problem}; going back to {folder}" for problem in problems))
+    raise ValueError(f"no whole checkpoint in {load}: {'; '.join(problems)}")
+
+
+def _open(folder: Path) -> Checkpoint:
     run = read_json(folder / RUN)
-    weights = _renamed(open_files(folder, sorted((folder / "model").glob("*.safetensors"))))
-    states = sorted((folder / "optimizer").glob("*.safetensors"))
-    tokenizer = folder / "tokenizer"
-    checkpoint = Checkpoint(
-        folder=folder,
-        iteration=0 if folder.name == RELEASE else int(run.get("iteration", 0)),
-        run=run,
-        weights=weights,
-        optimizer=_renamed(open_files(folder, states)) if states else None,
-        tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
-        warnings=tuple(warnings),
-    )
-    check_complete(weights.names(), checkpoint.model, folder)
+    weights = _renamed(open_files(folder, sorted((folder / WEIGHTS).glob("*.safetensors"))))
+    states = sorted((folder / OPTIMIZER).glob("*.safetensors"))
+    tokenizer = folder / TOKENIZER
+    try:
+        checkpoint = Checkpoint(
+            folder=folder,
+            iteration=0 if folder.name == RELEASE else int(run.get("iteration") or 0),
+            run=run,
+            weights=weights,
+            optimizer=_renamed(open_files(folder, states)) if states else None,
+            tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
+        )
+        checkpoint.stored_options()
+        check_complete(weights.names(), checkpoint.model, folder)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder / RUN} does not describe a run: {error!r}") from error
     for store in (weights, checkpoint.optimizer):
         if store:
             store.check_whole()
@@ -214,21 +260,6 @@ def _hf_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
     raise ValueError(f"{folder} has no weights: none of {', '.join((*HF_FILES, *HF_INDEXES))}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: the file holds none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return value
 
 
 def _renamed(store: SlicedStore) -> SlicedStore:

@@ -2,15 +2,83 @@
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.folder import RUN, folder_name, writing
+from megatron.checkpoint.folder import RUN, TOKENIZER
 from megatron.checkpoint.store import Slice, write_slices
+from megatron.checkpoint.writing import Ranks, Writing
 from megatron.hf.rows import to_hf
 from megatron.tokenizer import Tokenizer
+
+ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint that was begun.
+
+    Attributes:
+        writing: its folder.
+        run: what run.json will hold.
+        files: path below the checkpoint -> the slices that this rank writes there.
+        tokenizer: to be kept with the weights, or its files.
+        progress: is told the bytes of each slice written.
+    """
+
+    writing: Writing
+    run: Mapping[str, Any]
+    files: Mapping[str, Sequence[Slice]]
+    tokenizer: Tokenizer | Sequence[Path]
+    progress: Callable[[int], object]
+
+    def write(self) -> None:
+        """Write this rank's files; other ranks are not waited for, so that any thread can do it."""
+        self.writing.add_nothing()  # for a rank that holds only copies of others' slices
+        for name, slices in self.files.items():
+            if slices:
+                self.writing.add(name, partial(write_slices, slices=slices, progress=self.progress))
+        if self.writing.ranks.is_main:
+            self.writing.add_json(RUN, self.run)
+            with tempfile.TemporaryDirectory() as folder:
+                self.writing.add_copies(TOKENIZER, _tokenizer_files(self.tokenizer, Path(folder)))
+
+    def finish(self, error: BaseException | None = None) -> Path:
+        """Make the checkpoint visible when every rank has written its files; called by all, with what went wrong."""
+        return self.writing.finish(error)
+
+
+def begin_checkpoint(
+    save: Path,
+    iteration: int | None,
+    run: Mapping[str, Any],
+    files: Mapping[str, Iterable[Slice]],
+    tokenizer: Tokenizer | Sequence[Path],
+    *,
+    ranks: Ranks = ALONE,
+    progress: Callable[[int], object] = lambda size: None,
+) -> Save:
+    """Make room for a checkpoint, together with all other ranks.
+
+    Args:
+        save: the folder of all checkpoints.
+        iteration: None for a release.
+        run: what run.json will hold.
+        files: path below the checkpoint ("model/...", "optimizer/...") -> the slices that this rank writes there, by
+            our names.
+        tokenizer: to be kept with the weights, or its files.
+        ranks: that write it together.
+        progress: is told the bytes of each slice written.
+
+    Raises:
+        OSError: there is not enough room, or `save` cannot be written to.
+    """
+    stored = {name: [_renamed(part) for part in slices] for name, slices in files.items()}
+    writing = Writing(save, iteration, ranks)
+    writing.begin(sum(part.entry.size for slices in stored.values() for part in slices))
+    return Save(writing, run, stored, tokenizer, progress)
 
 
 def save_checkpoint(
@@ -20,35 +88,26 @@ def save_checkpoint(
     files: Mapping[str, Iterable[Slice]],
     tokenizer: Tokenizer | Sequence[Path],
     *,
-    rank: int = 0,
-    is_main: bool = True,
-    barrier: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
     progress: Callable[[int], object] = lambda size: None,
 ) -> Path:
-    """Write a checkpoint together with all other ranks, and return its folder.
+    """Write a checkpoint together with all other ranks, and return its folder; as `begin_checkpoint`."""
+    begun = begin_checkpoint(save, iteration, run, files, tokenizer, ranks=ranks, progress=progress)
+    try:
+        error = attempt(begun.write)
+    except BaseException:
+        begun.writing.abandon()
+        raise
+    return begun.finish(error)
 
-    Args:
-        save: the folder of all checkpoints.
-        iteration: None for a release.
-        run: what run.json will hold.
-        files: path below the checkpoint ("model/...", "optimizer/...") -> the slices that this rank writes there, by
-            our names.
-        tokenizer: to be kept with the weights, or its files.
-        rank: of this process.
-        is_main: whether this process writes what is not sliced.
-        barrier: waits for all ranks.
-        progress: is told the bytes of each slice written.
-    """
-    with writing(save, iteration, rank=rank, is_main=is_main, barrier=barrier) as checkpoint:
-        for name, slices in files.items():
-            stored = [_renamed(part) for part in slices]
-            if stored:
-                checkpoint.add(name, partial(write_slices, slices=stored, progress=progress))
-        if is_main:
-            checkpoint.add_json(RUN, run)
-            with tempfile.TemporaryDirectory() as folder:
-                checkpoint.add_copies("tokenizer", _tokenizer_files(tokenizer, Path(folder)))
-    return save / folder_name(iteration)
+
+def attempt(work: Callable[[], object]) -> Exception | None:
+    """What goes wrong in `work`."""
+    try:
+        work()
+    except Exception as error:
+        return error
+    return None
 
 
 def _tokenizer_files(tokenizer: Tokenizer | Sequence[Path], folder: Path) -> Sequence[Path]:

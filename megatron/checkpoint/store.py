@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,10 @@ class TensorStore(Protocol):
 
     def read(self, name: str, ranges: Ranges | None = None) -> Tensor:
         """The tensor, or the part of it in `ranges` (one slice a dimension, with start and stop)."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files until they are read again."""
         ...
 
 
@@ -164,6 +169,11 @@ class SlicedStore:
             problem = _tiling_problem(self.shape(name), self.pieces[name]) or f"no part [{asked}]"
             raise ValueError(f"{self.folder}: the files hold {problem} of {name} {list(self.shape(name))}")
         return result
+
+    def close(self) -> None:
+        """Let go of the files until they are read again."""
+        for piece in chain.from_iterable(self.pieces.values()):
+            piece.file.close()
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors are the same in the precision of the first; compared block by block."""

@@ -50,6 +50,10 @@ class ResizedVocabulary:
         row = self._mean(name)[(slice(None), *rest)] if self.as_mean else torch.zeros(1, old.shape[1])
         return torch.cat([old, row.expand(added, -1).to(old.dtype)])
 
+    def close(self) -> None:
+        """Let go of the files until they are read again."""
+        self.store.close()
+
     def _mean(self, name: str) -> Tensor:
         if name not in self._means:
             rows, *rest = self.store.shape(name)

@@ -14,9 +14,24 @@ class CheckpointConfig:
     save_interval: int | None = option(
         None, "Iterations between checkpoints; one is always written at the end.", within="[1, inf)"
     )
+    async_save: bool = option(
+        False, "Write checkpoints in the background, from a copy in host memory, which is as large as they are."
+    )
+    keep_last: int | None = option(
+        None, "Remove all but so many of the newest checkpoints, each time a newer one is whole.", within="[1, inf)"
+    )
+    keep_every: int | None = option(
+        None, "Besides those of --keep_last, keep the checkpoints of every so many iterations.", within="[1, inf)"
+    )
     save_optim: bool = option(True, "Write no optimizer state.")
     save_rng: bool = option(True, "No effect: random state is a function of --seed and the position in the data.")
     load: str | None = option(None, "Checkpoint folder of any layout, or a Hugging Face model folder.")
+    auto_resume: bool = option(
+        False,
+        "Go on from the newest whole checkpoint in --save, if there is one; else begin as the other flags say: one "
+        "command starts and restarts a run.",
+    )
+    verify_checkpoint: bool = option(True, "Do not compare the weights of --load with their checksums.")
     load_iters: int | None = option(None, "Iteration to load; by default the newest.", within="[0, inf)")
     load_optim: bool = option(True, "Read no optimizer state.")
     load_rng: bool = option(True, "No effect: random state is a function of --seed and the position in the data.")
@@ -28,8 +43,11 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if self.save_interval and not self.save:
-            raise UsageError("--save_interval needs --save, the folder to write to")
+        for name in ("save_interval", "async_save", "keep_last", "auto_resume"):
+            if getattr(self, name) and not self.save:
+                raise UsageError(f"--{name} needs --save, the folder to write to")
+        if self.keep_every and not self.keep_last:
+            raise UsageError("--keep_every needs --keep_last, how many of the newest are kept besides")
         for name in ("finetune", "use_checkpoint_args", "load_iters"):
             if getattr(self, name) and not self.load:
                 raise UsageError(f"--{name} needs --load, the checkpoint to read")

@@ -1,70 +1,24 @@
 """A run's state as checkpoint slices, and back: weights and optimizer state by parameter, each rank its own part."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.checkpoint import Checkpoint, Slice, TensorStore, save_checkpoint, with_vocabulary
+from megatron.checkpoint import Checkpoint, Slice, TensorStore, with_vocabulary
 from megatron.checkpoint.vocabulary import ResizedVocabulary
 from megatron.config import RunConfig, UsageError
 from megatron.model.initialization import initial_weight
 from megatron.parallel.build import ParallelModel, Part, local_tensor
 from megatron.parallel.mesh import Mesh
-from megatron.tokenizer import Tokenizer
 from megatron.training.state import Progress, TrainingState
 
 Say = Callable[[str], None]
-STATES = {"adam": {"exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
-"""`--optimizer` -> the tensors it keeps of each parameter."""
-
-
-@dataclass(frozen=True)
-class Saver:
-    """Writes checkpoints of a run to `--save`; every rank calls it together."""
-
-    config: RunConfig
-    mesh: Mesh
-    tokenizer: Tokenizer
-    vocab_size: int
-    say: Say
-
-    def __call__(self, state: TrainingState) -> None:
-        """Write the checkpoint of the present iteration."""
-        options, progress = self.config.checkpoint, state.progress
-        assert options.save
-        rank = torch.distributed.get_rank()
-        files = {f"model/rank-{rank:05d}.safetensors": model_slices(state.model)}
-        if options.save_optim:
-            files[f"optimizer/rank-{rank:05d}.safetensors"] = optimizer_slices(state.model, state.optimizer)
-        folder = save_checkpoint(
-            Path(options.save),
-            progress.iteration,
-            self._description(state),
-            files,
-            self.tokenizer,
-            rank=rank,
-            is_main=self.mesh.is_main,
-            barrier=self.mesh.barrier,
-        )
-        self.say(f"saved checkpoint of iteration {progress.iteration} to {folder}")
-
-    def _description(self, state: TrainingState) -> dict[str, Any]:
-        return {
-            "config": self.config.to_dict(),
-            "iteration": state.progress.iteration,
-            "consumed_samples": state.progress.consumed_samples,
-            "vocab_size": self.vocab_size,
-            "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "optimizer_steps": optimizer_steps(state.optimizer),
-            "schedule": state.schedule.to_dict(),
-            "loss_scale": state.loss_scale.state_dict(),
-            "versions": {name: version(name) for name in ("megatron-llm", "torch")},
-        }
+STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+"""`--optimizer` -> the tensors it keeps of each parameter, in its own order: files of equal states are equal."""
+OF_A_RUN = ("consumed_samples", "schedule", "loss_scale", "optimizer_steps")
+"""What a checkpoint says of the run, besides its options."""
 
 
 def fill_model(
@@ -81,6 +35,7 @@ def fill_model(
             f"{vocab_size - checkpoint.vocab_size} new rows, each the mean of the old ones"
         )
     model.fill(reader(with_vocabulary(checkpoint.weights, vocab_size)))
+    checkpoint.close()
 
 
 def resume(state: TrainingState, checkpoint: Checkpoint, config: RunConfig, vocab_size: int, say: Say) -> None:
@@ -90,12 +45,19 @@ def resume(state: TrainingState, checkpoint: Checkpoint, config: RunConfig, voca
 
     Raises:
         UsageError: the schedule or the optimizer contradicts the checkpoint's.
+        ValueError: the checkpoint does not say where the run stood.
     """
     options, stored = config.schedule, checkpoint.run
-    state.progress = Progress(checkpoint.iteration, stored["consumed_samples"], saved_iteration=checkpoint.iteration)
-    state.schedule = state.schedule.merged_with(
-        stored["schedule"], options.override_opt_param_scheduler, options.use_checkpoint_opt_param_scheduler
-    )
+    missing = [name for name in OF_A_RUN if name not in stored]
+    if missing:
+        raise ValueError(f"{checkpoint.folder / 'run.json'} has no {', '.join(missing)}: it is of no training run")
+    try:
+        state.progress = Progress.restored(checkpoint.iteration, stored)
+        state.schedule = state.schedule.merged_with(
+            stored["schedule"], options.override_opt_param_scheduler, options.use_checkpoint_opt_param_scheduler
+        )
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{checkpoint.folder / 'run.json'} does not say where a run stood: {error!r}") from error
     if not config.checkpoint.load_optim:
         return
     state.loss_scale.load_state_dict(stored["loss_scale"])
@@ -104,12 +66,13 @@ def resume(state: TrainingState, checkpoint: Checkpoint, config: RunConfig, voca
         return
     grown = ResizedVocabulary(checkpoint.optimizer, vocab_size, as_mean=False)
     keys = STATES[config.optimizer.optimizer]
-    if keys != {name.partition(".")[0] for name in grown.names()}:
+    if set(keys) != {name.partition(".")[0] for name in grown.names()}:
         raise UsageError(
             f"--optimizer {config.optimizer.optimizer} is not the one of {checkpoint.folder}; "
             "start its state anew by --no_load_optim"
         )
     load_optimizer(state.model, state.optimizer, grown, keys, stored["optimizer_steps"])
+    checkpoint.close()
 
 
 def model_slices(model: ParallelModel) -> Iterator[Slice]:

@@ -1,5 +1,6 @@
 """Tensors on disk: written as the safetensors library reads them, read slice by slice from however many files."""
 
+import os
 import pickle
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron.checkpoint import Slice, TensorStore
-from megatron.checkpoint.folder import file_checksum
+from megatron.checkpoint.integrity import file_checksum
 from megatron.checkpoint.safetensors_file import DTYPES, Entry, SafetensorsWriter
 from megatron.checkpoint.store import open_files, write_slices
 from megatron.checkpoint.vocabulary import ResizedVocabulary, with_vocabulary
@@ -74,6 +75,25 @@ def test_torch_reads_the_slices_too(tmp_path: Path) -> None:
     state = {name: torch.zeros_like(tensor) for name, tensor in WHOLE.items()}
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
     assert all(torch.equal(state[name], tensor) for name, tensor in WHOLE.items())
+
+
+def opened(folder: Path) -> set[str]:
+    """Names of the files below a folder that this process has open."""
+    targets = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    return {Path(target).name for target in targets if target.startswith(f"{folder}/")}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_files_are_open_from_the_first_read_until_they_are_closed(tmp_path: Path) -> None:
+    """A checkpoint of a thousand ranks opens, and one that is removed takes no room."""
+    paths = cut(tmp_path, 2)
+    store = open_files(tmp_path, paths)
+    assert opened(tmp_path) == set()
+    for _ in range(2):
+        assert torch.equal(store.read("embedding.weight"), WHOLE["embedding.weight"])
+        assert opened(tmp_path)
+        store.close()
+        assert opened(tmp_path) == set()
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:

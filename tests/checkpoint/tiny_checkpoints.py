@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint import Slice, TensorStore, save_checkpoint
+from megatron.checkpoint import Ranks, Slice, TensorStore, save_checkpoint
 from megatron.config import RunConfig, resolve_run
 from megatron.model import Model
 
@@ -63,13 +63,18 @@ def run_of(iteration: int) -> dict[str, Any]:
 
 
 def save(
-    folder: Path, iteration: int, state: Mapping[str, Tensor], ranks: int = 1, dies_at_barrier: int | None = None
+    folder: Path,
+    iteration: int,
+    state: Mapping[str, Tensor],
+    ranks: int = 1,
+    dies_at_meeting: int | None = None,
+    tokenizer: Sequence[Path] = (),
 ) -> Path:
     """Save weights, and twice them as optimizer state, as `ranks` ranks do together.
 
-    With `dies_at_barrier` every rank is interrupted at that barrier, counted from 1.
+    With `dies_at_meeting` every rank is interrupted when they meet for that time, counted from 1.
     """
-    meeting = threading.Barrier(ranks)
+    total = totals(ranks)
 
     def of_rank(rank: int) -> None:
         files = {
@@ -78,18 +83,32 @@ def save(
                 rows_of_rank(f"exp_avg.{n}", 2 * t, rank, ranks) for n, t in state.items()
             ],
         }
-        barriers = itertools.count(1)
+        meetings = itertools.count(1)
 
-        def barrier() -> None:
-            if next(barriers) == dies_at_barrier:
+        def meet(value: float) -> float:
+            if next(meetings) == dies_at_meeting:
                 raise KeyboardInterrupt
-            meeting.wait(30)
+            return total(rank, value)
 
-        save_checkpoint(folder, iteration, run_of(iteration), files, (), rank=rank, is_main=rank == 0, barrier=barrier)
+        save_checkpoint(folder, iteration, run_of(iteration), files, tokenizer, ranks=Ranks(rank, ranks, meet))
 
     with ThreadPoolExecutor(ranks) as pool:
         list(pool.map(of_rank, range(ranks)))
     return folder / f"iter_{iteration:07d}"
+
+
+def totals(ranks: int) -> Callable[[int, float], float]:
+    """What adds up the values of so many threads, (rank, value) -> sum, as a mesh does for ranks."""
+    meeting, values = threading.Barrier(ranks), [0.0] * ranks
+
+    def total(rank: int, value: float) -> float:
+        values[rank] = value
+        meeting.wait(30)
+        result = sum(values)
+        meeting.wait(30)
+        return result
+
+    return total
 
 
 def contents(store: TensorStore) -> dict[str, Tensor]:

@@ -1,0 +1,164 @@
+"""Writing a run's checkpoints: at once, or in the background while training goes on."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint import Ranks, Save, Slice, begin_checkpoint, prune
+from megatron.config import RunConfig
+from megatron.parallel.device import host_copy, synchronize
+from megatron.parallel.mesh import Mesh
+from megatron.tokenizer import Tokenizer
+from megatron.training.persistence import model_slices, optimizer_slices, optimizer_steps
+from megatron.training.state import TrainingState
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A checkpoint that is being written: what, of which iteration, this rank's part, and since when."""
+
+    save: Save
+    iteration: int
+    written: "Future[None]"
+    start: float
+
+
+@dataclass
+class Saver:
+    """Writes checkpoints of a run to `--save`; every rank calls it, and its methods, together.
+
+    With `--async_save` a call returns when the state is copied; the checkpoint becomes visible in a later call, in
+    `finish_if_written` or `finish`. A failure is raised there, on every rank, and leaves earlier checkpoints alone.
+
+    Attributes:
+        seconds: that the latest whole checkpoint took, from its beginning on.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    tokenizer: Tokenizer
+    vocab_size: int
+    say: Callable[[str], None]
+    seconds: float | None = None
+    _waited: float = 0.0
+    _begun: Begun | None = None
+    _pruned: "Future[list[str]] | None" = None
+    _copies: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, state: TrainingState) -> None:
+        """Write the checkpoint of the present iteration; the one before is finished first."""
+        self.finish()
+        start, in_background = time.perf_counter(), self.config.checkpoint.async_save
+        save, iteration = self._begin(state), state.progress.iteration
+        self._begun = Begun(save, iteration, _started(save.write, in_background=in_background), start)
+        self._waited = time.perf_counter() - start
+        if in_background:
+            self.say(f"saving checkpoint of iteration {iteration} in the background")
+        else:
+            self.finish()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint was begun that is not whole yet."""
+        return self._begun is not None
+
+    def finish_if_written(self) -> None:
+        """Make the checkpoint in the background visible, if there is one and every rank has written its part."""
+        if not self._begun:
+            return
+        start, written = time.perf_counter(), self._begun.written
+        is_written = written.done()
+        has_failed = is_written and written.exception() is not None
+        outstanding, failed = self.mesh.sum([float(not is_written), float(has_failed)])
+        if failed or not outstanding:
+            self._publish(self._begun)
+        else:
+            self._waited += time.perf_counter() - start
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun is whole, if there is one, and those not kept are gone.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._begun:
+            self._publish(self._begun)
+        if self._pruned:
+            for problem in self._pruned.result():
+                self.say(problem)
+            self._pruned = None
+
+    def _publish(self, begun: Begun) -> None:
+        self._begun = None
+        start, options = time.perf_counter(), self.config.checkpoint
+        folder = begun.save.finish(begun.written.exception())
+        end = time.perf_counter()
+        self.seconds = end - begun.start
+        waited = f", of which training waited {self._waited + end - start:.2f} s" if options.async_save else ""
+        self.say(f"saved checkpoint of iteration {begun.iteration} to {folder} in {self.seconds:.2f} s{waited}")
+        if options.keep_last and self.mesh.is_main:
+            work = partial(prune, folder.parent, begun.iteration, options.keep_last, options.keep_every)
+            self._pruned = _started(work, in_background=options.async_save)
+
+    def _begin(self, state: TrainingState) -> Save:
+        options, rank = self.config.checkpoint, torch.distributed.get_rank()
+        assert options.save
+        files: dict[str, Iterable[Slice]] = {f"model/rank-{rank:05d}.safetensors": model_slices(state.model)}
+        if options.save_optim:
+            files[f"optimizer/rank-{rank:05d}.safetensors"] = optimizer_slices(state.model, state.optimizer)
+        if options.async_save:
+            files = {name: [self._copied(part) for part in slices] for name, slices in files.items()}
+            synchronize(self.mesh.device)
+        return begin_checkpoint(
+            Path(options.save),
+            state.progress.iteration,
+            self._description(state),
+            files,
+            self.tokenizer,
+            ranks=Ranks(rank, self.mesh.ranks.size(), lambda value: self.mesh.sum([value])[0]),
+        )
+
+    def _copied(self, part: Slice) -> Slice:
+        """A slice that training does not change; its memory is used again for the next checkpoint."""
+        copy = self._copies[part.name] = host_copy(part.read(), self._copies.get(part.name))
+        return replace(part, read=lambda: copy)
+
+    def _description(self, state: TrainingState) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            **state.progress.to_dict(),
+            "vocab_size": self.vocab_size,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "optimizer_steps": optimizer_steps(state.optimizer),
+            "schedule": state.schedule.to_dict(),
+            "loss_scale": state.loss_scale.state_dict(),
+            "versions": {name: version(name) for name in ("megatron-llm", "torch")},
+        }
+
+
+def _started(work: Callable[[], R], *, in_background: bool) -> "Future[R]":
+    """Do `work` here, or in a thread, which does not keep a process alive that ends for another reason."""
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    if in_background:
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    else:
+        run()
+    return future
