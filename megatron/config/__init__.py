@@ -6,7 +6,7 @@
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig, TokenizerConfig
 from megatron.config.entry import run_entry
-from megatron.config.errors import UsageError
+from megatron.config.errors import CommonError, PeerError, UsageError
 from megatron.config.families import FAMILIES
 from megatron.config.log import LoggingConfig
 from megatron.config.model import ModelConfig
@@ -14,6 +14,7 @@ from megatron.config.optimizer import OptimizerConfig, ScheduleConfig
 from megatron.config.option import option
 from megatron.config.parallel import KernelConfig, ParallelConfig
 from megatron.config.parser import build, parse_command, parse_flags
+from megatron.config.preprocess import PreprocessConfig
 from megatron.config.resolve import parse_run, resolve_run
 from megatron.config.run import RunConfig
 from megatron.config.training import PrecisionConfig, RecomputeConfig, TrainingConfig
@@ -21,13 +22,16 @@ from megatron.config.training import PrecisionConfig, RecomputeConfig, TrainingC
 __all__ = [
     "FAMILIES",
     "CheckpointConfig",
+    "CommonError",
     "DataConfig",
     "KernelConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PeerError",
     "PrecisionConfig",
+    "PreprocessConfig",
     "RecomputeConfig",
     "RunConfig",
     "ScheduleConfig",

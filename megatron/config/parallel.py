@@ -31,6 +31,9 @@ class ParallelConfig:
     distributed_backend: str = option(
         "nccl", "nccl on GPUs; on CPUs it is gloo, which only works there.", choices=("nccl", "gloo")
     )
+    distributed_timeout_minutes: float = option(
+        30.0, "A rank that waits for others for so long gives up, and the run fails.", within="(0, inf)"
+    )
     use_distributed_optimizer: bool = option(
         False, "No effect: optimizer state and master weights are always divided over data-parallel ranks."
     )

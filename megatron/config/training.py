@@ -26,8 +26,20 @@ class TrainingConfig:
     train_samples: int | None = option(None, "Number of samples, instead of --train_iters.", within="[1, inf)")
     skip_iters: tuple[int, ...] = option((), "Iterations whose batches are passed over.", within="[1, inf)")
     exit_interval: int | None = option(None, "Save and exit at every multiple of this iteration.", within="[1, inf)")
-    exit_duration_in_mins: int | None = option(None, "Save and exit after this many minutes.", within="[1, inf)")
-    exit_signal_handler: bool = option(False, "On SIGTERM, save and exit.")
+    exit_duration_in_mins: int | None = option(
+        None, "Save and exit so early that it all ends within this many minutes.", within="[1, inf)"
+    )
+    exit_signal_handler: bool = option(False, "On SIGTERM, SIGINT or SIGUSR1, save and exit.")
+    max_consecutive_skips: int = option(
+        10, "Fail after so many iterations in a row whose loss or gradient is not finite.", within="[1, inf)"
+    )
+    rewind_on_spike: float | None = option(
+        None,
+        "Where the loss is more than so many times its running average, go back to the last checkpoint and on with "
+        "the samples after that batch.",
+        within="(1, inf)",
+    )
+    max_rewinds: int = option(3, "Fail where the loss spikes again after so many of them.", within="[0, inf)")
     seed: int = option(1234, "Seed of initial weights, data order and dropout.", within="[0, 4294967295]")
     data_parallel_random_init: bool = option(False, "No effect: data-parallel ranks hold parts of one model.")
     eval_only: bool = option(False, "Evaluate and do not train.")

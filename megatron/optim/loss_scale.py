@@ -16,6 +16,11 @@ class LossScale(Protocol):
         """The factor of the next backward pass; gradients are divided by it before they are used."""
         ...
 
+    @property
+    def can_shrink(self) -> bool:
+        """Whether a gradient that is not finite may be due to a scale that is still too large."""
+        ...
+
     def update(self, found_non_finite: bool) -> None:
         """Adapt the scale after a step."""
         ...
@@ -39,6 +44,11 @@ class ConstantLossScale:
     def scale(self) -> float:
         """The fixed factor."""
         return self._scale
+
+    @property
+    def can_shrink(self) -> bool:
+        """It cannot."""
+        return False
 
     def update(self, found_non_finite: bool) -> None:
         """Nothing to adapt."""
@@ -69,6 +79,11 @@ class DynamicLossScale:
     def scale(self) -> float:
         """The factor of the next backward pass."""
         return self._scale
+
+    @property
+    def can_shrink(self) -> bool:
+        """Down to the minimum."""
+        return self._scale > self._minimum
 
     def update(self, found_non_finite: bool) -> None:
         """Shrink after non-finite gradients, grow after a whole window without."""

@@ -57,6 +57,13 @@ def to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def host_copy(tensor: Tensor, memory: Tensor | None) -> Tensor:
+    """A copy in host memory: in `memory`, if that is given, else in new one. It is there after `synchronize`."""
+    if memory is None:
+        memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return memory.copy_(tensor.detach(), non_blocking=True)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device's queued work, so that a clock read afterwards is honest."""
     if device.type == "cuda":

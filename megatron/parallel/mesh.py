@@ -18,15 +18,16 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 from megatron.config import ModelConfig, ParallelConfig, UsageError
 from megatron.parallel.device import rank_device
 from megatron.parallel.plan import check_layout, virtual_stages
+from megatron.parallel.processes import join
 
 P = ParamSpec("P")
 R = TypeVar("R")
 DIMENSIONS = ("pp", "dp", "tp")
-TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -130,22 +131,26 @@ class Mesh:
 
 
 @contextmanager
-def open_mesh(layout: Layout, backend: str) -> Iterator[Mesh]:
+def open_mesh(layout: Layout, parallel: ParallelConfig) -> Iterator[Mesh]:
     """The grid of ranks, in the process group that is there, or in one made for it and left afterwards.
 
-    Without a launcher the group is a world of one. `backend` "nccl" becomes "gloo" where there is no GPU.
+    Without a launcher the group is a world of one. `--distributed_backend nccl` becomes gloo where there is no GPU.
 
     Raises:
         UsageError: gloo is asked for on GPUs.
     """
     device = rank_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend, timeout = parallel.distributed_backend, timedelta(minutes=parallel.distributed_timeout_minutes)
     if device.type == "cuda" and backend == "gloo":
         raise UsageError("--distributed_backend gloo exchanges no messages between GPUs; leave the flag out")
     joins = not dist.is_initialized()
     if joins:
-        _join("gloo" if device.type == "cpu" else backend)
+        join("gloo" if device.type == "cpu" else backend, timeout)
     shape = (layout.pipeline, layout.data, layout.tensor)
-    yield Mesh(init_device_mesh(device.type, shape, mesh_dim_names=DIMENSIONS), device)
+    ranks = init_device_mesh(device.type, shape, mesh_dim_names=DIMENSIONS)
+    for group in ranks.get_all_groups():
+        set_timeout(timeout, group)  # init_device_mesh gives each the default of its backend
+    yield Mesh(ranks, device)
     if joins:  # not after an error: leaving a group in which others wait would wait for them, and hide the error
         dist.destroy_process_group()
 
@@ -163,10 +168,3 @@ def leaves_no_group(function: Callable[P, R]) -> Callable[P, R]:
         return result
 
     return run
-
-
-def _join(backend: str) -> None:
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)

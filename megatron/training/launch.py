@@ -1,18 +1,19 @@
 """From a configuration to a run: everything it is made of, built in one readable order."""
 
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import torch
 
-from megatron.checkpoint import Checkpoint, changed_files
+from megatron.checkpoint import Checkpoint
 from megatron.config import RunConfig, TrainingConfig, UsageError
-from megatron.data import DataSplit, DataSplits, InstructionBatches, RowOptions, build_instruction_splits
-from megatron.data.instruction import tokenizer_file
+from megatron.data import DataSplits, GlobalBatches, RowOptions, SampleStream, build_splits
+from megatron.data.packing import least_micro_batches
 from megatron.model import training_flops
 from megatron.optim.groups import build_optimizer
 from megatron.optim.loss_scale import build_loss_scale
@@ -22,106 +23,110 @@ from megatron.parallel.device import peak_tflops, synchronize
 from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Mesh, leaves_no_group, open_mesh, plan_layout, world_size_of
 from megatron.parallel.plan import virtual_stages
-from megatron.tokenizer import Tokenizer, build_tokenizer, difference, read_description
-from megatron.tokenizer.description import SPECIAL_TOKENS_FILE
+from megatron.tokenizer import Tokenizer, build_tokenizer
+from megatron.training.accidents import Accidents
 from megatron.training.batch_size import BatchSize, batch_size
 from megatron.training.evaluate import Evaluator
 from megatron.training.log import main_rank_writer
-from megatron.training.persistence import Saver, fill_model, resume
+from megatron.training.metrics import Meter, build_meter
+from megatron.training.persistence import fill_model, resume
+from megatron.training.place import Place
+from megatron.training.restore import Restorer
+from megatron.training.saver import Saver
+from megatron.training.start import Start, verified
 from megatron.training.state import Progress, TrainingState
-from megatron.training.stop import StopOnSignal, build_stops
+from megatron.training.stop import Stops, guessed_save_seconds, open_stops
+from megatron.training.stored_tokenizers import settle_tokenizer
 from megatron.training.timers import Timers
 from megatron.training.trackers import Trackers, build_trackers
 from megatron.training.trainer import Trainer
 
-MICRO_BATCHES_A_STAGE = 4
-"""A packed batch has so many for each pipeline stage if it can: less than a fifth of the time is then idle."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a run works in: what was asked for, the ranks, the data, and where to speak."""
+    """What a run works in: what was asked for, the ranks, the data, reasons to stop, and where to speak."""
 
-    config: RunConfig
-    checkpoint: Checkpoint | None
+    start: Start
     mesh: Mesh
     tokenizer: Tokenizer
     splits: DataSplits
     batch_size: BatchSize
+    meter: Meter
     vocab_size: int
     say: Callable[[str], None]
     trackers: Trackers
+    stops: Stops
+    place: Place
 
     @property
-    def resumes(self) -> bool:
-        """Whether the run goes on where a training checkpoint stopped."""
-        return bool(self.checkpoint and self.checkpoint.iteration and not self.config.checkpoint.finetune)
+    def config(self) -> RunConfig:
+        """What was asked for."""
+        return self.start.config
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """What `--load` names."""
+        return self.start.checkpoint
 
 
 @leaves_no_group
-def run(config: RunConfig, checkpoint: Checkpoint | None, notes: Sequence[str] = ()) -> None:
-    """Train, or with `--eval_only` evaluate, as `config` says.
+def run(start: Start, notes: Sequence[str] = ()) -> None:
+    """Train, or with `--eval_only` evaluate.
 
     Args:
-        config: what was asked for.
-        checkpoint: what `--load` names.
+        start: what was asked for, and where to start.
         notes: lines for the user, said once.
 
     Raises:
         UsageError: the options do not fit the number of processes, the data or the checkpoint.
+        CommonError: the checkpoint is damaged, and there is no other.
     """
+    began, config = time.monotonic(), start.config
     layout = plan_layout(world_size_of(os.environ), config.parallel, config.model)
     sizes = batch_size(config.training, layout.data)
-    tokenizer, splits = build_tokenizer(config.tokenizer), build_instruction_splits(config.data)
+    tokenizer, splits = build_tokenizer(config.tokenizer), build_splits(config.data, config.training.seed)
+    meter = build_meter(config.logging.metrics, tokenizer)
     if not config.training.eval_only:
         splits.require("train")
+    place = Place(int(os.environ.get("RANK", "0")), world_size_of(os.environ))
     with ExitStack() as stack:
-        mesh = stack.enter_context(open_mesh(layout, config.parallel.distributed_backend))
+        stack.enter_context(place.told())
+        mesh = stack.enter_context(open_mesh(layout, config.parallel))
+        stack.enter_context(place.watched(config.parallel.distributed_timeout_minutes * 30, sys.stderr.write))
         say = main_rank_writer(mesh.is_main)
+        start = verified(start, mesh)
+        checkpoint = start.checkpoint
         for note in [
             *notes,
+            *start.notes,
             *(checkpoint.warnings if checkpoint else ()),
-            *_other_tokenizers(config, checkpoint, tokenizer),
+            *settle_tokenizer(config.data, checkpoint, tokenizer),
         ]:
             say(note)
         trackers = build_trackers(config.logging, say, config.to_dict()) if mesh.is_main else Trackers([])
         stack.callback(trackers.close)
         setting = Setting(
-            config=config,
-            checkpoint=checkpoint,
+            start=start,
             mesh=mesh,
             tokenizer=tokenizer,
             splits=splits,
             batch_size=sizes,
+            meter=meter,
             vocab_size=max(tokenizer.vocab_size, checkpoint.vocab_size if checkpoint else 0),
             say=say,
             trackers=trackers,
+            stops=stack.enter_context(open_stops(config.training, began, mesh.any)),
+            place=place,
         )
-        on_signal = stack.enter_context(StopOnSignal()) if config.training.exit_signal_handler else None
-        _run(setting, on_signal)
+        _run(setting)
 
 
-def _other_tokenizers(config: RunConfig, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> list[str]:
-    """Lines that say in what the tokenizer differs from that of the checkpoint and those of the data."""
-    data = config.data
-    paths = [data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path]
-    files = {f"the data {prefix}": tokenizer_file(prefix) for prefix in dict.fromkeys(chain(*(p or () for p in paths)))}
-    if checkpoint and checkpoint.tokenizer_folder:
-        files[f"the checkpoint {checkpoint.folder}"] = checkpoint.tokenizer_folder / SPECIAL_TOKENS_FILE
-    found = {
-        what: difference(read_description(file.parent, file.name), tokenizer)
-        for what, file in files.items()
-        if file.is_file()
-    }
-    return [f"warning: the tokenizer is not that of {what}: {change}" for what, change in found.items() if change]
-
-
-def _run(setting: Setting, on_signal: StopOnSignal | None) -> None:
+def _run(setting: Setting) -> None:
     config, checkpoint = setting.config, setting.checkpoint
-    _verify(setting)
-    model = build_model(config, setting.vocab_size, setting.mesh)
-    fill_model(model, config, checkpoint, setting.vocab_size, setting.mesh, setting.say)
-    setting.mesh.barrier()
+    with setting.place("loading"):
+        model = build_model(config, setting.vocab_size, setting.mesh)
+        fill_model(model, config, checkpoint, setting.vocab_size, setting.mesh, setting.say)
+        setting.mesh.barrier()
     setting.say(_description(setting, model))
     training = config.training
     engine = Engine(model, setting.mesh, seed=training.seed, per_token=training.calculate_per_token_loss)
@@ -129,21 +134,9 @@ def _run(setting: Setting, on_signal: StopOnSignal | None) -> None:
     if training.eval_only:
         evaluator.evaluate_all(Progress(checkpoint.iteration if checkpoint else 0))
         return
-    trainer = _trainer(setting, model, engine, evaluator, on_signal)
+    trainer = _trainer(setting, model, engine, evaluator)
     if trainer.train() is None:
         evaluator.evaluate_all(trainer.state.progress)
-
-
-def _verify(setting: Setting) -> None:
-    """Stop, all ranks alike, if a file of the checkpoint is not what was written; each rank reads its share of them."""
-    checkpoint, mesh = setting.checkpoint, setting.mesh
-    if not checkpoint:
-        return
-    needed = ("model/", "optimizer/") if setting.resumes and setting.config.checkpoint.load_optim else ("model/",)
-    changed = changed_files(checkpoint.folder, needed, mesh.ranks.get_rank(), mesh.ranks.size())
-    if mesh.any(bool(changed)):
-        names = ", ".join(map(str, changed)) or "another rank names the file"
-        raise ValueError(f"checkpoint {checkpoint.folder} was changed after it was written: {names}")
 
 
 def row_options(config: RunConfig, mesh: Mesh, pad_id: int = 0) -> RowOptions:
@@ -154,26 +147,22 @@ def row_options(config: RunConfig, mesh: Mesh, pad_id: int = 0) -> RowOptions:
         micro_batch_size=training.micro_batch_size,
         seq_length=data.seq_length,
         variable_seq_lengths=data.variable_seq_lengths,
-        scalar_loss_mask=data.scalar_loss_mask,
         pad_id=pad_id,
         row_multiple=mesh.size("tp"),
-        least_micro_batches=MICRO_BATCHES_A_STAGE * stages if stages > 1 else 1,
+        least_micro_batches=least_micro_batches(stages),
     )
 
 
-def _batches(setting: Setting, split: DataSplit, *, shuffled: bool) -> InstructionBatches:
+def _batches(setting: Setting, stream: SampleStream, *, prefetching: bool = False) -> GlobalBatches:
     data, mesh = setting.config.data, setting.mesh
     assert data.packing
-    return InstructionBatches(
-        dataset=split.dataset,
-        indices=split.indices,
+    return GlobalBatches(
+        stream=stream,
         rows=row_options(setting.config, mesh, setting.tokenizer.pad_id or 0),
         packing=data.packing,
         data_parallel_rank=mesh.rank("dp"),
         data_parallel_size=mesh.size("dp"),
-        seed=setting.config.training.seed,
-        shuffled=shuffled,
-        prefetching=shuffled and data.num_workers > 0,
+        prefetching=prefetching,
     )
 
 
@@ -181,20 +170,25 @@ def _evaluator(setting: Setting, engine: Engine) -> Evaluator:
     evaluated = {"validation": setting.splits.valid, "test": setting.splits.test}
     return Evaluator(
         engine=engine,
-        batches={name: _batches(setting, split, shuffled=False) for name, split in evaluated.items() if split},
+        batches={
+            name: {which: _batches(setting, stream) for which, stream in split.apart().items()}
+            for name, split in evaluated.items()
+            if split
+        },
         eval_iters=setting.config.training.eval_iters,
         global_batch_size=setting.batch_size.full,
+        meter=setting.meter,
+        stops=setting.stops,
+        place=setting.place,
         logging=setting.config.logging,
         trackers=setting.trackers,
         say=setting.say,
     )
 
 
-def _trainer(
-    setting: Setting, model: ParallelModel, engine: Engine, evaluator: Evaluator, on_signal: StopOnSignal | None
-) -> Trainer:
+def _trainer(setting: Setting, model: ParallelModel, engine: Engine, evaluator: Evaluator) -> Trainer:
     config, mesh, say, sizes = setting.config, setting.mesh, setting.say, setting.batch_size
-    training = config.training
+    training, stream = config.training, setting.splits.require("train").blended(config.training.seed)
     peak = config.logging.peak_tflops or peak_tflops(mesh.device, model.compute_dtype)
     state = TrainingState(
         model,
@@ -202,26 +196,32 @@ def _trainer(
         ParameterSchedule(config.optimizer, config.schedule, training, sizes.full),
         build_loss_scale(config.precision),
     )
-    if setting.resumes:
+    if setting.start.resumes:
         assert setting.checkpoint
         resume(state, setting.checkpoint, config, setting.vocab_size, say)
         say(f"going on from iteration {state.progress.iteration}, {state.progress.consumed_samples} consumed samples")
+    if config.checkpoint.save:
+        setting.stops.pace.save = guessed_save_seconds(sum(part.local.nbytes for part in model.parts))
+    saver = Saver(config, mesh, setting.tokenizer, setting.vocab_size, say) if config.checkpoint.save else None
     return Trainer(
         config=config,
         mesh=mesh,
         state=state,
         engine=engine,
-        batches=_batches(setting, setting.splits.require("train"), shuffled=True),
+        batches=_batches(setting, stream, prefetching=config.data.num_workers > 0),
         evaluator=evaluator,
         batch_size=sizes,
         train_iters=_train_iters(training, state.progress, sizes),
         flops=partial(training_flops, config.model, setting.vocab_size),
         peak_flops=peak * 1e12 if peak else None,
-        stops=build_stops(training, on_signal),
-        save=Saver(config, mesh, setting.tokenizer, setting.vocab_size, say),
+        stops=setting.stops,
+        save=saver,
+        restore=Restorer(setting.start, mesh, saver, setting.vocab_size, say) if saver else None,
+        accidents=Accidents.of(config, is_main=mesh.is_main, say=say),
         say=say,
         trackers=setting.trackers,
         timers=Timers(config.logging, synchronize=partial(synchronize, mesh.device)),
+        place=setting.place,
     )
 
 
@@ -238,19 +238,16 @@ def _train_iters(training: TrainingConfig, progress: Progress, sizes: BatchSize)
 
 def _description(setting: Setting, model: ParallelModel) -> str:
     """What will run, in a few lines."""
-    mesh, splits = setting.mesh, setting.splits
+    mesh = setting.mesh
     own = sum(torch.Size(part.shape).numel() for part in model.parts if part.other_stage != 0)
     parameters = int(mesh.sum([float(own)], "pp")[0])
-    counts = {"train": splits.train, "validation": splits.valid, "test": splits.test}
-    rows = ", ".join(f"{len(split.indices) if split else 0:,} {name}" for name, split in counts.items())
     return "\n".join(
         [
             f"{setting.config.model.model_name}: {parameters:,} parameters, vocabulary {setting.vocab_size:,}, "
             f"{str(model.compute_dtype).removeprefix('torch.')}, {model.kernel}",
             f"{mesh}; global batch {setting.batch_size.full} samples",
             *_stages(setting),
-            f"rows: {rows}",
-            *_long_samples(setting),
+            *_samples(setting.splits),
         ]
     )
 
@@ -269,11 +266,14 @@ def _numbers(layers: range) -> str:
     return f"{layers.start}-{layers.stop - 1}" if len(layers) > 1 else str(layers.start)
 
 
-def _long_samples(setting: Setting) -> list[str]:
-    """How many training rows are too long, where there are any."""
-    train, length = setting.splits.train, setting.config.data.seq_length
-    assert length
-    if train and train.dropped:
-        return [f"{train.dropped:,} training rows are longer than --seq_length {length} and are left out"]
-    longer = int((train.dataset.lengths[train.indices] > length + 1).sum()) if train else 0
-    return [f"{longer:,} training rows are longer than --seq_length {length} and are cut off there"] if longer else []
+def _samples(splits: DataSplits) -> list[str]:
+    """How many samples each split has, and what there is to know of those to train on."""
+    counts = {"train": splits.train, "validation": splits.valid, "test": splits.test}
+    lines = ["samples: " + ", ".join(f"{len(split) if split else 0:,} {name}" for name, split in counts.items())]
+    train = splits.train
+    if not train:
+        return lines
+    if len(train.datasets) > 1:
+        shares, total = zip(train.datasets, train.weights, strict=True), sum(train.weights)
+        lines += [f"blend: {float(weight / total):.2%} {data.name} ({len(data):,} samples)" for data, weight in shares]
+    return lines + train.notes

@@ -191,15 +191,17 @@ def training_line(status: Status, interval: Interval) -> str:
     return "".join(f" {part} |" for part in parts)
 
 
-def evaluation_line(label: str, losses: Mapping[str, float]) -> str:
-    """The block that reports an evaluation: each loss and its perplexity between two rules.
+def evaluation_line(label: str, figures: Mapping[str, float]) -> str:
+    """The block that reports an evaluation: each of `figures` ("lm loss", metrics), between two rules.
 
-    `label` says where the run stands, for example "iteration 50 | validation".
+    `label` says where the run stands, for example "iteration 50 | validation". The loss's perplexity is beside it.
     """
-    values = "".join(
-        f" {name} value: {loss:.6E} | {name} PPL: {perplexity(loss):.6E} |" for name, loss in losses.items()
-    )
-    line = f" {label} |{values}"
+    parts = [label]
+    for name, value in figures.items():
+        parts.append(f"{name} value: {value:.6E}")
+        if name == "lm loss":
+            parts.append(f"{name} PPL: {perplexity(value):.6E}")
+    line = "".join(f" {part} |" for part in parts)
     rule = "-" * len(line)
     return f"{rule}\n{line}\n{rule}"
 

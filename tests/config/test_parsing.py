@@ -1,5 +1,6 @@
 """From a command line to typed flags."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -114,6 +115,16 @@ def test_exit_codes(error: BaseException, code: int, last: str, capsys: pytest.C
     assert run_entry(main, []) == code
     assert capsys.readouterr().err.strip().endswith(last)
     assert run_entry(lambda argv: None, []) == 0
+
+
+def test_a_failure_is_told_where_the_launcher_cannot_be(tmp_path: Path) -> None:
+    """As on a full disk, which may be the failure."""
+    code = "from megatron.config import run_entry\ndef main(argv): raise OSError('disk full')\nrun_entry(main, [])"
+    environment = {"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "absent" / "error.json")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (1, "<string>: failed: disk full\n")
 
 
 def test_help_needs_no_torch() -> None:

@@ -17,6 +17,8 @@ OURS = {
     *("--layers_per_pipeline_stage", "--peak_tflops", "--add_qkv_bias", "--qk_layernorm", "--activation"),
     *("--rope_scaling_type", "--rope_low_freq_factor", "--rope_high_freq_factor"),
     "--rope_original_max_position_embeddings",
+    *("--distributed_timeout_minutes", "--max_consecutive_skips", "--rewind_on_spike", "--max_rewinds"),
+    *("--async_save", "--keep_last", "--keep_every", "--auto_resume", "--no_verify_checkpoint"),
 }
 NEW_CHOICES = {"HFTokenizer", "llama3", "qwen2", "qwen3"}
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "enum": str}

@@ -102,6 +102,9 @@ def test_a_lost_rotary_setting_is_found() -> None:
             "--use_post_ln and --fp32_residual_connection exclude each other",
         ),
         ({"save_interval": 3}, "--save_interval needs --save"),
+        ({"async_save": True}, "--async_save needs --save"),
+        ({"auto_resume": True}, "--auto_resume needs --save"),
+        ({"save": "x", "keep_every": 3}, "--keep_every needs --keep_last"),
         ({"rampup_batch_size": (8, 8)}, "--rampup_batch_size takes three numbers"),
         ({"rampup_batch_size": (8, 8, 100)}, "--rampup_batch_size needs --train_samples"),
         (
@@ -134,12 +137,10 @@ def test_a_lost_rotary_setting_is_found() -> None:
             {"layers_per_pipeline_stage": (2, 2), "num_layers_per_virtual_pipeline_stage": 1},
             "--layers_per_pipeline_stage and --num_layers_per_virtual_pipeline_stage exclude each other",
         ),
-        ({"data_type": "gpt"}, "pass --data_type instruction"),
         ({"model_name": "falcon", "use_bias": True}, "--use_bias True contradicts --model_name falcon"),
         ({"model_name": "gpt", "parallel_layernorm": True}, "--parallel_layernorm needs --parallel_attn"),
         ({"rope_scaling_type": "llama3"}, "--rope_scaling_type llama3 needs --rope_original_max_position_embeddings"),
-        ({"metrics": ("all",)}, "--metrics is not available yet"),
-        ({"data_path": ("1", "a", "2", "b")}, "a blend of several data paths is not available yet"),
+        ({"data_path": ("1", "a", "2")}, "--data_path takes one prefix, or weights and prefixes in turns"),
     ],
 )
 def test_contradictions_name_the_flag(flags: dict[str, Any], message: str) -> None:

@@ -83,8 +83,12 @@ def test_an_interval_without_a_step_has_no_loss_field():
 
 
 def test_evaluation_block():
-    rule, line, closing = evaluation_line("iteration 50 | validation", {"lm loss": 0.0}).split("\n")
-    assert line == " iteration 50 | validation | lm loss value: 0.000000E+00 | lm loss PPL: 1.000000E+00 |"
+    figures = {"lm loss": 0.0, "lm accuracy": 0.5}
+    rule, line, closing = evaluation_line("iteration 50 | validation", figures).split("\n")
+    assert line == (
+        " iteration 50 | validation | lm loss value: 0.000000E+00 | lm loss PPL: 1.000000E+00 |"
+        " lm accuracy value: 5.000000E-01 |"
+    )
     assert rule == closing == "-" * len(line)
 
 

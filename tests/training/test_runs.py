@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_runs import finetune, losses, run, same, tensors, words
 from worlds import World
 
@@ -181,15 +180,6 @@ def test_fp16_lowers_its_scale_until_gradients_are_finite(world: World, course: 
     assert scales[-1] < scales[0]
     assert output.count("number of skipped iterations:   1 |") > 0
     assert losses(output)[-1] < losses(output)[0]
-
-
-def test_weights_that_are_not_finite_change_nothing(course: str, tmp_path: Path) -> None:
-    """A gradient that is not finite is skipped in fp32 as well."""
-    flags = words(course, f"--train_iters 2 --save {tmp_path}", "--lr 1e-2 --init_method_std 1e30 --clip_grad 0")
-    code, output = finetune(flags)
-    assert code == 0, output
-    assert output.count("number of skipped iterations:   1 |") == 2
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors(tmp_path).values())
 
 
 def test_a_larger_tokenizer_grows_the_vocabulary(world: World, course: str, tmp_path: Path) -> None:

@@ -82,3 +82,16 @@ def run(world: World, size: int, *flags: str) -> str:
     results = world(size, finetune, words(*flags))
     assert [code for code, _ in results] == [0] * size, results[0][1]
     return results[0][1]
+
+
+def write_course(folder: Path, model: Path) -> str:
+    """Flags of a run on 80 rows, which are written to `folder`, with the tokenizer's `model`."""
+    write_rows(folder / "rows.jsonl", 80)
+    command = [
+        *("--input", str(folder / "rows.jsonl"), "--output_prefix", str(folder / "rows"), "--workers", "1"),
+        *("--tokenizer_type", "SentencePieceTokenizer", "--vocab_file", str(model)),
+        *("--vocab_extra_ids_list", "<|im_start|>,<|im_end|>", "--question_key", "question"),
+        *("--answer_key", "response"),
+    ]
+    preprocess(command)
+    return f"{ARCHITECTURE} {COURSE} --vocab_file {model} --data_path {folder / 'rows'} --split 80,10,10"
