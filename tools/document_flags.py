@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.config import FAMILIES, option, parse_command, run_entry
-from megatron.config.coming import COMING
 from megatron.config.option import Flag, flags_of
 from megatron.config.reference_flags import ACCEPTED, ALIASES, LATER, REFUSED_FAMILIES
 from megatron.config.run import RUN_GROUPS
@@ -60,7 +59,6 @@ def page() -> Iterator[str]:
     names = {what: ", ".join(f"`--{n}`" for n in n_.split()) for what, n_ in REFUSED_FAMILIES.items()}
     yield from table(("flags", "belong to"), ((flags, what) for what, flags in names.items()))
     yield from ("", "## Not available yet", "")
-    yield from (f"- {what}" for what in COMING)
     yield from (f"- `{flag}`: {what}" for flag, what in LATER.items())
 
 

@@ -12,9 +12,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.config import ModelConfig, option, parse_command, run_entry
+from megatron.config import ModelConfig, option, parse_command
+from tools.benchmark.report import ROOT, ReportOptions, Table, report
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 32000
 
 
@@ -91,21 +91,20 @@ def commands(work: Path) -> dict[str, list[str]]:
 def main(argv: list[str]) -> None:
     """Make the model, run everything once, print the table."""
     description = (__doc__ or "").splitlines()[0]
-    (options,) = parse_command(argv, BenchmarkOptions, prog="conversion.py", description=description)
+    options, output = parse_command(argv, BenchmarkOptions, ReportOptions, prog="conversion", description=description)
+    rows = []
     work = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         make_model(work / "hf", options)
         steps = commands(work)
         size = (work / "hf" / "model.safetensors").stat().st_size
-        print(f"{size / 1e9:.2f} GB\n{'':26}{'s':>7}{'GB/s':>7}{'of copy':>9}{'peak GB':>9}")
         copied = 0.0
         for name, command in steps.items():
             seconds, peak = measured(*command)
             copied = copied or seconds
-            print(f"{name:26}{seconds:7.1f}{size / seconds / 1e9:7.2f}{copied / seconds:9.2f}{peak:9.2f}")
+            speed = size / seconds / 1e9
+            rows.append({"tool": name, "s": seconds, "GB/s": speed, "of copy": copied / seconds, "peak GB": peak})
     finally:
         shutil.rmtree(work)
-
-
-if __name__ == "__main__":
-    sys.exit(run_entry(main, sys.argv[1:]))
+    layouts = {"tool": "", "s": ".1f", "GB/s": ".2f", "of copy": ".2f", "peak GB": ".2f"}
+    report("conversion", options, [Table(f"conversions of {size / 1e9:.2f} GB", layouts, rows)], output)

@@ -1,30 +1,37 @@
-"""Speed of preprocess_instruct_data.py against SentencePiece's own threaded `encode` on the same texts.
+"""Speed of preprocess_instruct_data.py and preprocess_data.py against SentencePiece's own threaded `encode`.
 
-Both are timed as whole processes, start, imports and reading included, in turns, several rounds.
+Each script and SentencePiece, on the same texts, are timed as whole processes, start, imports and reading included, in
+turns, several rounds. Beside the seconds on the clock stand those of the processor, children included: where others use
+the machine too, those say more.
 """
 
+import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.config import option, parse_command, run_entry
+from megatron.config import option, parse_command
+from tools.benchmark.report import ReportOptions, Table, report
+from tools.benchmark.timing import Timing, timed
 
-ROOT = Path(__file__).resolve().parents[2]
-KEYS = ("system_prompt", "question", "response")
-BASELINE = f"""
+SYSTEM, QUESTION, ANSWER = KEYS = ("system_prompt", "question", "response")
+BASELINE = """
 import sys, time, orjson, sentencepiece
-path, model, threads = sys.argv[1:]
+path, model, threads, *keys = sys.argv[1:]
 rows = [orjson.loads(line) for line in open(path, "rb")]
-texts = [row[key] for row in rows for key in {KEYS} if row[key] is not None]
+texts = [row[key] for row in rows for key in keys if row[key] is not None]
 processor = sentencepiece.SentencePieceProcessor(model_file=model)
 began = time.perf_counter()
 processor.encode(texts, num_threads=int(threads))
 print(time.perf_counter() - began)
 """
+INSTRUCTION_FLAGS = [
+    *(f"--system_key={SYSTEM}", f"--question_key={QUESTION}", f"--answer_key={ANSWER}"),
+    "--vocab_extra_ids_list=<|im_start|>,<|im_end|>",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,49 +40,76 @@ class BenchmarkOptions:
 
     input: str = option(help="A jsonl file with the keys system_prompt, question and response.")
     vocab_file: str = option(help="A SentencePiece model.")
-    repeats: int = option(10, "How often the file is repeated.")
+    repeats: int = option(10, "How often the instruction rows are repeated; texts, the responses, five times as often.")
     workers: int = option(2, "Worker processes, and threads of SentencePiece.")
     chunk_size: int = option(32, "Lines that a worker takes at a time.")
-    rounds: int = option(5, "Rounds; the ratio is of the medians.")
+    rounds: int = option(5, "Rounds; in every other one ours comes first.")
 
 
-def timed(command: list[str]) -> tuple[float, str]:
-    """Seconds and output of a process."""
-    began = time.perf_counter()
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    return time.perf_counter() - began, done.stdout
+@dataclass(frozen=True)
+class Case:
+    """One of our scripts, and what it reads."""
+
+    script: str
+    path: Path
+    keys: Sequence[str]
+    flags: Sequence[str]
+
+    def ours(self, options: BenchmarkOptions) -> list[str]:
+        """The script's command."""
+        files = [f"--input={self.path}", f"--output_prefix={self.path}.out"]
+        tokenizer = ["--tokenizer_type=SentencePieceTokenizer", f"--vocab_file={Path(options.vocab_file).resolve()}"]
+        pace = [f"--workers={options.workers}", f"--chunk_size={options.chunk_size}", "--log_interval=10000000"]
+        return [sys.executable, self.script, *files, *tokenizer, *pace, *self.flags]
+
+    def baseline(self, options: BenchmarkOptions) -> list[str]:
+        """SentencePiece's command."""
+        arguments = [str(self.path), str(Path(options.vocab_file).resolve()), str(options.workers)]
+        return [sys.executable, "-c", BASELINE, *arguments, *self.keys]
 
 
-def commands(options: BenchmarkOptions, jsonl: Path) -> tuple[list[str], list[str]]:
-    """The two competitors."""
-    system, question, answer = KEYS
-    ours = [sys.executable, "instruct/preprocess_instruct_data.py", f"--input={jsonl}", f"--output_prefix={jsonl}.out"]
-    ours += ["--tokenizer_type=SentencePieceTokenizer", f"--vocab_file={Path(options.vocab_file).resolve()}"]
-    ours += ["--vocab_extra_ids_list=<|im_start|>,<|im_end|>", f"--workers={options.workers}"]
-    ours += [f"--chunk_size={options.chunk_size}", f"--system_key={system}", f"--question_key={question}"]
-    ours += [f"--answer_key={answer}", "--log_interval=1000000"]
-    baseline = [sys.executable, "-c", BASELINE, str(jsonl), str(Path(options.vocab_file).resolve())]
-    return ours, [*baseline, str(options.workers)]
+def cases(options: BenchmarkOptions, folder: Path) -> list[Case]:
+    """Both scripts, with their input in `folder`."""
+    rows, texts = folder / "rows.jsonl", folder / "texts.jsonl"
+    content = Path(options.input).read_bytes()
+    rows.write_bytes(content * options.repeats)
+    responses = (json.dumps({"text": json.loads(line)[ANSWER]}) + "\n" for line in content.splitlines())
+    texts.write_bytes("".join(responses).encode() * options.repeats * 5)
+    return [
+        Case("instruct/preprocess_instruct_data.py", rows, KEYS, INSTRUCTION_FLAGS),
+        Case("tools/preprocess_data.py", texts, ("text",), ["--append_eod"]),
+    ]
+
+
+def compare(case: Case, options: BenchmarkOptions) -> Table:
+    """Time both sides in turns; the ratios of their speeds."""
+    ratios: dict[str, list[float]] = {"whole process": [], "processor time": [], "encode call alone": []}
+    for number in range(options.rounds):
+        commands = [case.baseline(options), case.ours(options)]
+        order = 1 if number % 2 else -1
+        theirs, ours = [timed(command) for command in commands[::order]][::order]
+        ratios["whole process"].append(theirs.clock / ours.clock)
+        ratios["processor time"].append(theirs.processor / ours.processor)
+        ratios["encode call alone"].append(float(theirs.output) / ours.clock)
+        told = f"sentencepiece {told_of(theirs)}, encode call {float(theirs.output):.2f} s; ours {told_of(ours)}"
+        print(f"{case.script} round {number + 1}: {told}", file=sys.stderr, flush=True)
+    rows = [
+        {"ratio of speeds": name, "median": statistics.median(values), "least": min(values)}
+        for name, values in ratios.items()
+    ]
+    title = f"{case.script}, {case.path.stat().st_size / 1e6:.1f} MB"
+    return Table(title, {"ratio of speeds": "", "median": ".2f", "least": ".2f"}, rows)
+
+
+def told_of(timing: Timing) -> str:
+    """A timing for a reader."""
+    return f"{timing.clock:.2f} s ({timing.processor:.2f} s of processors)"
 
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    (options,) = parse_command(argv, BenchmarkOptions, prog="benchmark/preprocess.py", description=__doc__)
-    ours_seconds, whole_seconds, call_seconds = [], [], []
+    description = (__doc__ or "").splitlines()[0]
+    options, output = parse_command(argv, BenchmarkOptions, ReportOptions, prog="preprocess", description=description)
     with tempfile.TemporaryDirectory() as folder:
-        jsonl = Path(folder) / "rows.jsonl"
-        jsonl.write_bytes(Path(options.input).read_bytes() * options.repeats)
-        ours, baseline = commands(options, jsonl)
-        for _ in range(options.rounds):
-            whole, output = timed(baseline)
-            whole_seconds.append(whole)
-            call_seconds.append(float(output))
-            ours_seconds.append(timed(ours)[0])
-            print(f"sentencepiece {whole:.2f} s (of which encode {float(output):.2f} s), ours {ours_seconds[-1]:.2f} s")
-    middle = statistics.median(ours_seconds)
-    print(f"ratio of speeds, whole process: {statistics.median(whole_seconds) / middle:.3f}")
-    print(f"against the encode call alone:  {statistics.median(call_seconds) / middle:.3f}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_entry(main, sys.argv[1:]))
+        tables = [compare(case, options) for case in cases(options, Path(folder))]
+    report("preprocess", options, tables, output)
