@@ -1,4 +1,4 @@
-"""The commands of the two tutorials, taken from the pages themselves and run in order: a tiny model, two ranks."""
+"""The commands of the tutorials, taken from the pages themselves and run in order: a tiny model, two ranks."""
 
 import json
 import os
@@ -10,14 +10,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["docs/getting_started.md", "docs/instruction_tuning.md"]
+PAGES = ["docs/getting_started.md", "docs/instruction_tuning.md", "docs/pretraining.md"]
 SENTENCES = [
     f"{name} has {a} {thing} and gets {b} more, so now there are {a + b} {thing}."
     for a, name in enumerate(["Anna", "Ben", "Clara", "David", "Emma", "Felix"], 2)
     for b, thing in enumerate(["apples", "books", "coins", "eggs", "pens", "stones"], 3)
 ]
-FOREIGN_FLAGS = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "logdir", "help", "flag"}
-"""Flags of torchrun and TensorBoard that the pages name."""
+TORCHRUN_FLAGS = {
+    *("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "max_restarts"),
+    *("signals_to_handle", "shutdown_timeout"),
+}
+SLURM_FLAGS = {
+    *("account", "array", "chdir", "cpus_per_task", "exclusive", "gpus_per_node", "kill_on_bad_exit", "nodes"),
+    *("ntasks_per_node", "partition", "requeue", "signal", "time"),
+    *("container_image", "container_mounts", "container_workdir", "nv"),
+}
+FOREIGN_FLAGS = TORCHRUN_FLAGS | SLURM_FLAGS | {"logdir", "help", "flag"}
+"""Flags of others that the pages name."""
 
 
 def bash_blocks(page: str) -> list[str]:
@@ -26,7 +35,7 @@ def bash_blocks(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """A folder with what a reader brings along: `model/`, a Llama in Hugging Face form, and `data.jsonl`."""
+    """A folder with what a reader brings along: `model/`, a Llama in Hugging Face form, and rows, chats and texts."""
     sentencepiece = pytest.importorskip("sentencepiece")
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("inputs")
@@ -58,17 +67,24 @@ def inputs(tmp_path_factory) -> Path:
         {"id": f"cot.{i}", "system_prompt": "" if i % 2 else "Be brief.", "question": text[:-1] + "?", "response": text}
         for i, text in enumerate(SENTENCES * 6)
     ]
+    chat = {"user": SENTENCES[0], "assistant": SENTENCES[1]}
+    messages = [{"role": role, "content": content} for role, content in chat.items()]
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": messages * 2}), encoding="utf-8")
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    texts = [json.dumps({"text": " ".join(SENTENCES[i : i + 3])}) for i in range(len(SENTENCES))]
+    (folder / "text.jsonl").write_text("\n".join(texts), encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
 def walk(inputs, tmp_path_factory) -> tuple[Path, str]:
-    """The folder and the output of both pages' commands, run in one shell with the sizes turned down."""
+    """The folder and the output of all pages' commands, run in one shell with the sizes turned down."""
     work = tmp_path_factory.mktemp("work")
     preset = {
         "WORK": work,
         "DATA": inputs / "data.jsonl",
+        "CHATS": inputs / "chats.jsonl",
+        "TEXT": inputs / "text.jsonl",
         "HF_MODEL": inputs / "model",
         "TP": 2,
         "WORKERS": 2,
@@ -96,7 +112,7 @@ def walk(inputs, tmp_path_factory) -> tuple[Path, str]:
 def test_training_log(walk):
     _, output = walk
     iterations = re.findall(r"^ iteration +(\d+)/ +3 \| consumed samples: +(\d+) \|", output, flags=re.M)
-    assert iterations == [("1", "64"), ("2", "128"), ("3", "192")]
+    assert iterations == 2 * [("1", "64"), ("2", "128"), ("3", "192")]
 
 
 @pytest.mark.slow
@@ -104,10 +120,16 @@ def test_files_of_each_stage(walk):
     work, _ = walk
     tracker = "latest_checkpointed_iteration.txt"
     written = {f"orca-{part}.{kind}" for part in ("text", "role") for kind in ("bin", "idx")}
-    assert {path.name for path in (work / "tokenized").iterdir()} == {*written, "orca-tokenizer.json"}
+    text = {f"my_text_document{end}" for end in (".bin", ".idx", "-tokenizer.json")}
+    found = {path.name for path in (work / "tokenized").iterdir() if path.suffix != ".npy"}
+    assert found == {*written, *text, "orca-tokenizer.json"}
+    assert {path.name for path in (work / "chats").iterdir()} == {
+        file.replace("orca", "tokenized") for file in (*written, "orca-tokenizer.json")
+    }
     assert (work / "weights" / tracker).read_text().strip() == "release"
     assert (work / "sharded" / tracker).read_text().strip() == "release"
     assert (work / "finetuned" / tracker).read_text().strip() == "3"
+    assert (work / "pretrained" / tracker).read_text().strip() == "3"
     assert any((work / "finetuned" / "tensorboard").glob("events.out.tfevents.*"))
 
 
@@ -128,11 +150,14 @@ def test_pages_have_the_commands():
     """The extraction finds what the pages show; a block under another name would go untested."""
     commands = "\n".join(block for page in PAGES for block in bash_blocks(page))
     for script in [
+        "instruct/download_orca_cot.py",
         "instruct/preprocess_instruct_data.py",
+        "tools/show_data.py",
         "tools/hf_to_megatron.py",
         "tools/checkpoint_util.py",
         "finetune.py",
         "tools/megatron_to_hf.py",
+        "tools/preprocess_data.py",
     ]:
         assert script in commands
 
