@@ -8,7 +8,7 @@ from megatron.checkpoint.folder import holds_checkpoints
 from megatron.checkpoint.integrity import is_changed, large_files
 from megatron.checkpoint.load import Checkpoint, open_checkpoint
 from megatron.checkpoint.retention import prune
-from megatron.checkpoint.save import Save, begin_checkpoint, save_checkpoint
+from megatron.checkpoint.save import Save, begin_checkpoint
 from megatron.checkpoint.store import Slice, TensorStore
 from megatron.checkpoint.vocabulary import vocabulary_size, with_vocabulary
 from megatron.checkpoint.writing import Ranks
@@ -25,7 +25,6 @@ __all__ = [
     "large_files",
     "open_checkpoint",
     "prune",
-    "save_checkpoint",
     "vocabulary_size",
     "with_vocabulary",
 ]

@@ -10,7 +10,7 @@ import torch
 
 from megatron.checkpoint.folder import folder_name
 from megatron.checkpoint.load import Checkpoint
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import begin_checkpoint
 from megatron.checkpoint.store import Entry, Ranges, Slice, TensorStore
 from megatron.checkpoint.vocabulary import ResizedVocabulary, with_vocabulary
 from megatron.config import ModelConfig, UsageError
@@ -70,7 +70,7 @@ def reshard(
     files = _files("model", with_vocabulary(checkpoint.weights, rows), model, layout, dtype)
     if checkpoint.optimizer:
         files |= _files("optimizer", ResizedVocabulary(checkpoint.optimizer, rows, as_mean=False), model, layout)
-    return save_checkpoint(save, iteration, run, files, checkpoint.tokenizer_files, progress=progress)
+    return begin_checkpoint(save, iteration, run, files, checkpoint.tokenizer_files, progress=progress).complete()
 
 
 def _files(

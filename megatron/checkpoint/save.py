@@ -49,6 +49,15 @@ class Save:
         """Make the checkpoint visible when every rank has written its files; called by all, with what went wrong."""
         return self.writing.finish(error)
 
+    def complete(self) -> Path:
+        """Write the files and make the checkpoint visible, all at once."""
+        try:
+            error = attempt(self.write)
+        except BaseException:
+            self.writing.abandon()
+            raise
+        return self.finish(error)
+
 
 def begin_checkpoint(
     save: Path,
@@ -60,7 +69,7 @@ def begin_checkpoint(
     ranks: Ranks = ALONE,
     progress: Callable[[int], object] = lambda size: None,
 ) -> Save:
-    """Make room for a checkpoint, together with all other ranks.
+    """Make room for a checkpoint, together with all other ranks; `Save.complete` writes it.
 
     Args:
         save: the folder of all checkpoints.
@@ -79,26 +88,6 @@ def begin_checkpoint(
     writing = Writing(save, iteration, ranks)
     writing.begin(sum(part.entry.size for slices in stored.values() for part in slices))
     return Save(writing, run, stored, tokenizer, progress)
-
-
-def save_checkpoint(
-    save: Path,
-    iteration: int | None,
-    run: Mapping[str, Any],
-    files: Mapping[str, Iterable[Slice]],
-    tokenizer: Tokenizer | Sequence[Path],
-    *,
-    ranks: Ranks = ALONE,
-    progress: Callable[[int], object] = lambda size: None,
-) -> Path:
-    """Write a checkpoint together with all other ranks, and return its folder; as `begin_checkpoint`."""
-    begun = begin_checkpoint(save, iteration, run, files, tokenizer, ranks=ranks, progress=progress)
-    try:
-        error = attempt(begun.write)
-    except BaseException:
-        begun.writing.abandon()
-        raise
-    return begun.finish(error)
 
 
 def attempt(work: Callable[[], object]) -> Exception | None:

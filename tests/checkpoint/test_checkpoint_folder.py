@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import Slice, open_checkpoint, save_checkpoint
+from megatron.checkpoint import Slice, begin_checkpoint, open_checkpoint
 from megatron.config import ModelConfig
 from megatron.hf.rows import parameter_shapes
 
@@ -36,7 +36,7 @@ def save(folder: Path, iteration: int | None) -> Path:
     """A checkpoint filled with its iteration's number."""
     run = {**RUN, "iteration": iteration}
     files = {"model/x.safetensors": slices(float(iteration or 0))}
-    return save_checkpoint(folder, iteration, run, files, [])
+    return begin_checkpoint(folder, iteration, run, files, []).complete()
 
 
 def value(folder: Path, iteration: int | None = None) -> float:
@@ -76,7 +76,7 @@ def test_an_error_while_writing_leaves_the_previous_one(tmp_path: Path) -> None:
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(tmp_path, 10, RUN, {"model/x.safetensors": breaks()}, [])
+        begin_checkpoint(tmp_path, 10, RUN, {"model/x.safetensors": breaks()}, []).complete()
     assert value(tmp_path) == 5
     save(tmp_path, 10)
     assert value(tmp_path) == 10

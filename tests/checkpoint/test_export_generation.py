@@ -8,7 +8,7 @@ from tiny_families import save_family
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
-from megatron.checkpoint import Slice, open_checkpoint, save_checkpoint, with_vocabulary
+from megatron.checkpoint import Slice, begin_checkpoint, open_checkpoint, with_vocabulary
 from megatron.checkpoint.export import export
 from megatron.tokenizer.chat import MESSAGE_END, MESSAGE_START
 from megatron.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -36,7 +36,7 @@ def test_generation_stops_at_the_end_of_the_turn(tmp_path: Path, shared_data: Pa
     source = open_checkpoint(tmp_path / "hf")
     weights = with_vocabulary(source.weights, own.vocab_size)
     slices = [Slice.of(n, weights.shape(n), (0,) * len(weights.shape(n)), weights.read(n)) for n in weights.names()]
-    folder = save_checkpoint(tmp_path / "ours", None, source.run, {"model/x.safetensors": slices}, own)
+    folder = begin_checkpoint(tmp_path / "ours", None, source.run, {"model/x.safetensors": slices}, own).complete()
     exported = export(open_checkpoint(folder), tmp_path / "out")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     messages = [{"role": "user", "content": "the sum of 1 and 2"}]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_checkpoints import contents, flip, random_state, run_of, same, save, whole
 
-from megatron.checkpoint import open_checkpoint, save_checkpoint
+from megatron.checkpoint import begin_checkpoint, open_checkpoint
 from megatron.checkpoint.integrity import check_folder
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -67,7 +67,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 100, run_of(100), {"model/a.safetensors": slices()}, ())
+        begin_checkpoint(tmp_path, 100, run_of(100), {"model/a.safetensors": slices()}, ()).complete()
     assert list(tmp_path.iterdir()) == []
 
 

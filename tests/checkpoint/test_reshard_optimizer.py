@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_checkpoints import CONFIG, VOCAB_SIZE, contents, random_state, rows_of_rank, run_of, same
 from torch import Tensor
 
-from megatron.checkpoint import Slice, open_checkpoint, save_checkpoint
+from megatron.checkpoint import Slice, begin_checkpoint, open_checkpoint
 from megatron.checkpoint.integrity import manifest_bytes, read_manifest
 from megatron.checkpoint.reshard import Layout, reshard
 from megatron.checkpoint.save import state_name
@@ -46,7 +46,7 @@ def saved(folder: Path, optimizer: str, weights: dict[str, Tensor] = WEIGHTS) ->
 
     stores = {"model": weights, "optimizer": state}
     files = {f"{store}/rank-{rank}.safetensors": of(rank, t) for store, t in stores.items() for rank in range(2)}
-    save_checkpoint(folder, 100, RUN, files, ())
+    begin_checkpoint(folder, 100, RUN, files, ()).complete()
     return folder, state
 
 

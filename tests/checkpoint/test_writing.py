@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_checkpoints import contents, random_state, run_of, same, save, totals, whole
 
-from megatron.checkpoint import Ranks, Slice, begin_checkpoint, open_checkpoint, save_checkpoint
+from megatron.checkpoint import Ranks, Slice, begin_checkpoint, open_checkpoint
 from megatron.config import PeerError
 
 STATE = random_state()
@@ -44,7 +44,7 @@ def test_an_error_of_one_rank_is_one_of_all(tmp_path: Path, broken: int) -> None
         if ranks.rank == broken:
             part = Slice(part.name, part.shape, part.offsets, part.entry, breaks)
         files = {f"model/rank-{ranks.rank:05d}.safetensors": [part]}
-        return save_checkpoint(tmp_path, 200, run_of(200), files, (), ranks=ranks)
+        return begin_checkpoint(tmp_path, 200, run_of(200), files, (), ranks=ranks).complete()
 
     results = of_ranks(2, work)
     assert isinstance(results[broken], OSError)
@@ -60,7 +60,9 @@ def test_a_rank_may_have_nothing_to_write(tmp_path: Path) -> None:
 
     def work(ranks: Ranks) -> Path:
         parts = [whole(name, tensor) for name, tensor in STATE.items()] if ranks.rank == 1 else []
-        return save_checkpoint(tmp_path, 100, run_of(100), {f"model/{ranks.rank}.safetensors": parts}, (), ranks=ranks)
+        return begin_checkpoint(
+            tmp_path, 100, run_of(100), {f"model/{ranks.rank}.safetensors": parts}, (), ranks=ranks
+        ).complete()
 
     assert of_ranks(3, work) == [tmp_path / "iter_0000100"] * 3
     assert same(contents(open_checkpoint(tmp_path).weights), STATE)
@@ -99,7 +101,7 @@ def test_a_folder_that_ranks_do_not_share_is_noticed(tmp_path: Path) -> None:
         files = {"model/a.safetensors": [whole("final_norm.weight", STATE["final_norm.weight"])]}
         folder = tmp_path / f"machine-{ranks.rank}"
         (folder / ".iter_0000100.tmp").mkdir(parents=True, exist_ok=ranks.rank == 1)
-        return save_checkpoint(folder, 100, run_of(100), files, (), ranks=ranks)
+        return begin_checkpoint(folder, 100, run_of(100), files, (), ranks=ranks).complete()
 
     main, _ = of_ranks(2, work)
     assert "has no files of rank 1; is --save the same folder on every machine?" in str(main)
@@ -112,5 +114,5 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
     part = whole("final_norm.weight", STATE["final_norm.weight"])
     files = {"model/a.safetensors": [Slice(part.name, part.shape, part.offsets, part.entry, interrupted)]}
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, None, run_of(0), files, ())
+        begin_checkpoint(tmp_path, None, run_of(0), files, ()).complete()
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint import Ranks, Slice, TensorStore, save_checkpoint
+from megatron.checkpoint import Ranks, Slice, TensorStore, begin_checkpoint
 from megatron.config import RunConfig, resolve_run
 from megatron.model import Model
 
@@ -90,7 +90,9 @@ def save(
                 raise KeyboardInterrupt
             return total(rank, value)
 
-        save_checkpoint(folder, iteration, run_of(iteration), files, tokenizer, ranks=Ranks(rank, ranks, meet))
+        begin_checkpoint(
+            folder, iteration, run_of(iteration), files, tokenizer, ranks=Ranks(rank, ranks, meet)
+        ).complete()
 
     with ThreadPoolExecutor(ranks) as pool:
         list(pool.map(of_rank, range(ranks)))

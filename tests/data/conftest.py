@@ -7,6 +7,12 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let short files have several chunks."""
+    monkeypatch.setattr("megatron.data.preprocess.SMALLEST_CHUNK", 1)
+
+
 @pytest.fixture(scope="session")
 def megatron_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with NVIDIA's package, whose name is ours too."""

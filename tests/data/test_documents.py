@@ -20,10 +20,7 @@ TEXTS = ["the sum of 1 and 2", "", "is 3\n\n\n  and ü \u2028", "question", "x" 
 Run = Callable[..., DocumentSummary]
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let short files have several chunks."""
-    monkeypatch.setattr("megatron.data.preprocess.SMALLEST_CHUNK", 1)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture

@@ -27,10 +27,7 @@ def line(**changes: Any) -> bytes:
     return json.dumps({**GOOD, **changes}).encode()
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let short files have several chunks."""
-    monkeypatch.setattr("megatron.data.preprocess.SMALLEST_CHUNK", 1)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.fixture

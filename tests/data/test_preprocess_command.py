@@ -1,23 +1,11 @@
 """The command `preprocess_instruct_data.py` as a user meets it."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "instruct" / "preprocess_instruct_data.py"
-WATCHED = """
-import runpy, sys
-sys.argv[0:1] = []
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    assert "torch" not in sys.modules
-"""
+from watched_script import run_watched
 
 
 @pytest.fixture
@@ -36,12 +24,7 @@ def command(small_model: Path, *arguments: str) -> subprocess.CompletedProcess[s
         "--answer_key=response",
     ]
     flags += ["--vocab_extra_ids_list", "<|im_start|>,<|im_end|>", "--workers=2"]
-    return subprocess.run(
-        [sys.executable, "-c", WATCHED, str(SCRIPT), *flags, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    return run_watched("instruct/preprocess_instruct_data.py", *flags, *arguments)
 
 
 def test_good_run(small_model: Path, jsonl: Path, tmp_path: Path) -> None:

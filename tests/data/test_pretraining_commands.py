@@ -1,22 +1,12 @@
 """The commands `preprocess_data.py` and `merge_datasets.py` as a user meets them."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from watched_script import run_watched
 
-ROOT = Path(__file__).resolve().parents[2]
-WATCHED = """
-import runpy, sys
-sys.argv[0:1] = []
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    assert "torch" not in sys.modules
-"""
 TERMINATED = """
 import os, signal
 from megatron.data.preprocess import Summary
@@ -34,12 +24,7 @@ def jsonl(tmp_path: Path) -> Path:
 
 
 def command(script: str, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", before + WATCHED, str(ROOT / "tools" / script), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    return run_watched(f"tools/{script}", *arguments, before=before)
 
 
 def preprocess(
