@@ -164,7 +164,7 @@ def test_pages_have_the_commands():
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_every_flag_named_exists(page):
-    sources = [*ROOT.glob("megatron/config/*.py"), *ROOT.glob("instruct/*.py"), *ROOT.glob("tools/*.py")]
+    sources = [*ROOT.glob("megatron/config/*.py"), *ROOT.glob("instruct/*.py"), *ROOT.glob("tools/**/*.py")]
     source = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     fields = set(re.findall(r"^    (\w+): [^\n]+? = option\(", source, flags=re.M))
     known = fields | {f"no_{field}" for field in fields} | FOREIGN_FLAGS

@@ -203,6 +203,8 @@ def _trainer(setting: Setting, model: ParallelModel, engine: Engine, evaluator: 
     if config.checkpoint.save:
         setting.stops.pace.save = guessed_save_seconds(sum(part.local.nbytes for part in model.parts))
     saver = Saver(config, mesh, setting.tokenizer, setting.vocab_size, say) if config.checkpoint.save else None
+    if saver:
+        saver.prepare(model)
     return Trainer(
         config=config,
         mesh=mesh,

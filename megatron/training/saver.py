@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from megatron.checkpoint import Ranks, Save, Slice, begin_checkpoint, prune
 from megatron.config import RunConfig
-from megatron.parallel.device import host_copy, synchronize
+from megatron.parallel.build import ParallelModel
+from megatron.parallel.device import host_copy, host_memory, synchronize
 from megatron.parallel.mesh import Mesh
 from megatron.tokenizer import Tokenizer
-from megatron.training.persistence import model_slices, optimizer_slices, optimizer_steps
+from megatron.training.persistence import STATES, model_slices, optimizer_slices, optimizer_steps
 from megatron.training.state import TrainingState
 
 R = TypeVar("R")
@@ -54,7 +55,13 @@ class Saver:
     _waited: float = 0.0
     _begun: Begun | None = None
     _pruned: "Future[list[str]] | None" = None
-    _copies: dict[str, Tensor] = field(default_factory=dict)
+    _copies: "Future[dict[str, Tensor]] | None" = None
+
+    def prepare(self, model: ParallelModel) -> None:
+        """With `--async_save`, take the memory for copies of the state meanwhile: no checkpoint has to wait for it."""
+        if self.config.checkpoint.async_save:
+            keys = STATES[self.config.optimizer.optimizer] if self.config.checkpoint.save_optim else ()
+            self._copies = _started(partial(_memory, model, keys), in_background=True)
 
     def __call__(self, state: TrainingState) -> None:
         """Write the checkpoint of the present iteration; the one before is finished first."""
@@ -118,7 +125,9 @@ class Saver:
         if options.save_optim:
             files[f"optimizer/rank-{rank:05d}.safetensors"] = optimizer_slices(state.model, state.optimizer)
         if options.async_save:
-            files = {name: [self._copied(part) for part in slices] for name, slices in files.items()}
+            assert self._copies, "not prepared"
+            copies = self._copies.result()
+            files = {name: [_copied(part, copies[part.name]) for part in slices] for name, slices in files.items()}
             synchronize(self.mesh.device)
         return begin_checkpoint(
             Path(options.save),
@@ -128,11 +137,6 @@ class Saver:
             self.tokenizer,
             ranks=Ranks(rank, self.mesh.ranks.size(), lambda value: self.mesh.sum([value])[0]),
         )
-
-    def _copied(self, part: Slice) -> Slice:
-        """A slice that training does not change; its memory is used again for the next checkpoint."""
-        copy = self._copies[part.name] = host_copy(part.read(), self._copies.get(part.name))
-        return replace(part, read=lambda: copy)
 
     def _description(self, state: TrainingState) -> dict[str, Any]:
         return {
@@ -145,6 +149,21 @@ class Saver:
             "loss_scale": state.loss_scale.state_dict(),
             "versions": {name: version(name) for name in ("megatron-llm", "torch")},
         }
+
+
+def _memory(model: ParallelModel, keys: Iterable[str]) -> dict[str, Tensor]:
+    """For a copy of each slice that this rank writes, by name; `keys` are the optimizer's."""
+    return {
+        name: host_memory(part.read())
+        for part in model_slices(model)
+        for name in (part.name, *(f"{key}.{part.name}" for key in keys))
+    }
+
+
+def _copied(part: Slice, memory: Tensor) -> Slice:
+    """A slice that training does not change."""
+    copy = host_copy(part.read(), memory)
+    return replace(part, read=lambda: copy)
 
 
 def _started(work: Callable[[], R], *, in_background: bool) -> "Future[R]":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron.parallel.device import host_copy, synchronize
+from megatron.parallel.device import host_copy, host_memory, synchronize
 
 GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -17,12 +17,13 @@ def test_a_host_copy_stays_as_it_was(kind: str, dtype: torch.dtype) -> None:
     device = torch.device(kind)
     tensor = torch.randn(1000, 33, device=device).to(dtype).t()
     before = tensor.cpu().clone()
-    copy = host_copy(tensor, None)
+    memory = host_memory(tensor)
+    copy = host_copy(tensor, memory)
     synchronize(device)
     tensor.zero_()
     assert copy.device.type == "cpu"
     assert torch.equal(copy, before)
-    again = host_copy(tensor, copy)
+    again = host_copy(tensor, memory)
     synchronize(device)
-    assert again is copy
+    assert again is copy is memory
     assert not copy.any()

@@ -53,6 +53,9 @@ class WrittenLast(Future[Any]):
         self.work()
         return None
 
+    def result(self, timeout: float | None = None) -> Any:
+        return self.work()
+
 
 def finetune_writing_last(argv: list[str]) -> tuple[int, str]:
     """`finetune`, whose checkpoints in the background are written as late as can be."""
