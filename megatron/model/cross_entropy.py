@@ -24,7 +24,9 @@ BLOCK_VALUES = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Of how many logits at once the softmax is computed, in fp32; on the CPU those stay in the cache."""
 
 
-def output_loss(spread: "Spread", x: Tensor, weight: Tensor, labels: Tensor, factors: Tensor) -> Tensor:
+def output_loss(
+    spread: "Spread", x: Tensor, weight: Tensor, labels: Tensor, factors: Tensor, supervised: Tensor | None = None
+) -> Tensor:
     """Sum over tokens of loss times factor, fp32 [].
 
     The loss scale and the divisor belong into the factors, so that the gradients of logits have their final size from
@@ -36,8 +38,9 @@ def output_loss(spread: "Spread", x: Tensor, weight: Tensor, labels: Tensor, fac
         weight: [v, h], of the output layer.
         labels: int64 [t].
         factors: fp32 [t].
+        supervised: which tokens have a factor other than 0, if not all: the others need no logits.
     """
-    return OutputLoss.apply(spread, x, weight, labels, factors)
+    return OutputLoss.apply(spread, x, weight, labels, factors, supervised)
 
 
 def token_losses(spread: "Spread", x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -68,9 +71,18 @@ class OutputLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, spread: "Spread", x: Tensor, weight: Tensor, labels: Tensor, factors: Tensor
+        ctx: FunctionCtx,
+        spread: "Spread",
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        factors: Tensor,
+        supervised: Tensor | None,
     ) -> Tensor:
-        x = spread.open_hidden(x)
+        whole = spread.open_hidden(x)
+        x = whole
+        if supervised is not None:
+            x, labels, factors = (tensor[supervised] for tensor in (whole, labels, factors))
         parts = chunks(len(x), spread.most_rows(weight))
         total, x_gradient = factors.new_zeros(()), torch.empty_like(x)
         weight_gradient = torch.zeros_like(weight, dtype=weight.dtype if len(parts) == 1 else torch.float32)
@@ -82,13 +94,16 @@ class OutputLoss(torch.autograd.Function):
             torch.mm(logits, weight, out=x_gradient[part])
             _add_product(weight_gradient, logits, x[part])
         del logits
+        if supervised is not None:
+            x_gradient = torch.zeros_like(whole).index_copy_(0, supervised, x_gradient)
         ctx.save_for_backward(spread.close_hidden(x_gradient), weight_gradient.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x_gradient, weight_gradient = ctx.saved_tensors
-        return None, x_gradient * gradient, weight_gradient.mul_(gradient), None, None  # in place: it is used once
+        weight_gradient.mul_(gradient)  # in place: it is used once
+        return None, x_gradient * gradient, weight_gradient, None, None, None
 
 
 def _add_product(total: Tensor, logits_gradient: Tensor, x: Tensor) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -201,7 +202,10 @@ class _StagePasses:
         """The micro batch's part of the loss, scaled."""
         spread, labels, weights = self._supervision(action)
         assert self.loss_scale
-        loss = output_loss(spread, x, weight, labels, weights * (self.loss_scale / self.divisors[action.micro_batch]))
+        factors = weights * (self.loss_scale / self.divisors[action.micro_batch])
+        which = np.flatnonzero(self.micro_batches[action.micro_batch].weights)
+        supervised = to_device(which, self.device) if len(which) < len(labels) else None
+        loss = output_loss(spread, x, weight, labels, factors, supervised)
         self.loss += loss.detach() / self.loss_scale
         return loss
 

@@ -52,7 +52,7 @@ def spread_of(sequence_parallel: bool) -> Spread:
     return TensorSpread(group, sequence_parallel=sequence_parallel, vocab_size=VOCAB_SIZE, key_value_heads=4)
 
 
-def ours(sequence_parallel: bool, in_chunks: bool) -> list[Tensor]:
+def ours(sequence_parallel: bool, in_chunks: bool, without: bool) -> list[Tensor]:
     """The same, this rank's part of them."""
     spread, rank, size = spread_of(sequence_parallel), dist.get_rank(), dist.get_world_size()
     x, weight, labels, factors = inputs()
@@ -61,19 +61,20 @@ def ours(sequence_parallel: bool, in_chunks: bool) -> list[Tensor]:
     weight = weight[start : start + length].clone().requires_grad_()
     with small_chunks(in_chunks):
         assert (len(chunks(TOKENS, length)) > 1) == in_chunks
-        loss = output_loss(spread, x, weight, labels, factors)
+        loss = output_loss(spread, x, weight, labels, factors, factors.nonzero()[:, 0] if without else None)
         (2 * loss).backward()
         with torch.no_grad():
             known = [token_losses(spread, x, weight, labels), likeliest(spread, x, weight)]
     return [loss.detach(), x.grad / 2, weight.grad / 2, *known]
 
 
+@pytest.mark.parametrize("without", [False, True], ids=["all tokens", "without those of factor 0"])
 @pytest.mark.parametrize("in_chunks", [False, True])
 @pytest.mark.parametrize(("ranks", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)])
 def test_any_chunks_on_any_ranks_equal_whole_logits(
-    world: World, ranks: int, sequence_parallel: bool, in_chunks: bool
+    world: World, ranks: int, sequence_parallel: bool, in_chunks: bool, without: bool
 ) -> None:
-    losses, hidden, weights, *known = zip(*world(ranks, ours, sequence_parallel, in_chunks), strict=True)
+    losses, hidden, weights, *known = zip(*world(ranks, ours, sequence_parallel, in_chunks, without), strict=True)
     expected = plain()
     for rank in range(ranks):
         found = [losses[rank], torch.cat(hidden) if sequence_parallel else hidden[rank], torch.cat(weights)]
