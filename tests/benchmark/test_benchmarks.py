@@ -179,7 +179,7 @@ def test_kills(tmp_path: Path, exact_model: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("memory", ["--vocab_sizes=500", "--tokens=64", "--hidden_size=32"]),
+        ("memory", ["--vocab_sizes=500", "--tokens=64", "--hidden_size=32", "--num_layers=1", "--run_hidden_size=64"]),
         ("gpt_index", ["--documents=200", "--seq_length=64", "--epochs=2", "--rounds=1"]),
         ("checkpoint", ["--num_layers=1", "--hidden_size=64", "--steps=2"]),
         ("conversion", ["--num_layers=1", "--hidden_size=256"]),

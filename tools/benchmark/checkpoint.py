@@ -88,7 +88,6 @@ def training(config: RunConfig) -> Iterator["Course"]:
     with open_mesh(plan_layout(1, config.parallel, config.model), config.parallel) as mesh:
         course = Course(config, VOCABULARY, samples, mesh)
         course.trainer.engine = Engine(course.model, mesh, seed=1, per_token=True)  # one that keeps no gradients
-        course.trainer.step()
         yield course
 
 
@@ -160,6 +159,7 @@ def main(argv: list[str]) -> None:
     work = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         with training(run_config(options)) as course:
+            course.trainer.step()
             kept = saver_of(course, work / "save", in_background=True)
             loops = {
                 "none": loop(course, None, options.steps),

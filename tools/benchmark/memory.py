@@ -1,7 +1,7 @@
-"""Memory of the output layer and its loss, forward and backward, with whole logits and in chunks.
+"""Memory of the output layer and its loss, with whole logits and in chunks, and of a run from stage to stage.
 
-Hidden states, weight and labels are random; PyTorch's profiler follows what is allocated besides them, so that the
-figures do not depend on the machine.
+Of the output layer, forward and backward, PyTorch's profiler follows what is allocated besides hidden states, weight
+and labels, all random; of a run, the system says how much memory is resident.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron.config import option, parse_command
+from tools.benchmark.memory_run import memory_of_a_run
 from tools.benchmark.report import ReportOptions, Table, report
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class MemoryOptions:
     tokens: int = option(4096, "Tokens of a micro batch.", within="[1, inf)")
     hidden_size: int = option(768, "Of the hidden state.", within="[1, inf)")
     dtype: str = option("bfloat16", "Of the products.", choices=("bfloat16", "float16", "float32"))
+    num_layers: int = option(12, "Layers of the run's model.", within="[1, inf)")
+    run_hidden_size: int = option(1024, "Its hidden size.", within="[64, inf)")
 
 
 def whole_logits(x: "Tensor", weight: "Tensor", labels: "Tensor") -> "Tensor":
@@ -84,4 +87,5 @@ def main(argv: list[str]) -> None:
     ]
     layouts = {"vocabulary": "d", "way": "s", "peak (MB)": ".0f", "whole logits in fp32 (MB)": ".0f"}
     title = f"Output layer and loss, {options.tokens} tokens, hidden size {options.hidden_size}, {options.dtype}"
-    report("memory", options, [Table(title, layouts, rows)], output)
+    run = memory_of_a_run(options.num_layers, options.run_hidden_size)
+    report("memory", options, [Table(title, layouts, rows), run], output)
