@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import torch.distributed as dist
 from worlds import World, WorldPools
 
 from megatron.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -22,6 +23,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared test data: set MEGATRON_TEST_DATA to its folder")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_group_is_left() -> Iterator[None]:
+    """A run that fails leaves its group open, since its process would end; that of the tests goes on."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -17,4 +17,6 @@ if ! python -c "import importlib.metadata as m; m.version('megatron-llm'); impor
     python -m pip install --quiet -e ".[test]"
 fi
 
-exec python -m pytest "$@"
+# Two files of tests at a time, with one thread each; -n 0 runs them one after the other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec python -m pytest -n 2 --dist loadfile "$@"

@@ -15,7 +15,7 @@ def training_flops(config: ModelConfig, vocab_size: int, lengths: Array) -> floa
     A product with a weight takes 2 operations a weight and token, attention 4 n d for each pair of a token and one that
     it sees (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B, but only the pairs that causal attention within
     a document, or a sliding window of it, has). The backward pass takes twice as many as the forward pass; recomputed
-    ones do not count.
+    ones do not count. The output layer counts for every token, though training leaves out those without loss weight.
     """
     assert config.num_layers and config.hidden_size and config.ffn_hidden_size and config.kv_channels
     assert config.num_attention_heads and config.num_attention_heads_kv

@@ -62,7 +62,8 @@ def collectives(
 def cross_entropy_collectives(tokens: int, vocab_size: int) -> Counter[tuple[str, int]]:
     """The same for the cross entropy, forward, in fp32, where no rank has more of the vocabulary than `vocab_size`.
 
-    In each chunk of tokens: the largest log-sum-exp of each token, then the sum of all and the label's logit.
+    `tokens` are those that have a loss weight.
+    In each chunk of them: the largest log-sum-exp of each token, then the sum of all and the label's logit.
     """
     counts: Counter[tuple[str, int]] = Counter()
     for part in chunks(tokens, vocab_size):
