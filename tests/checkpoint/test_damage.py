@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from tiny_checkpoints import contents, random_state, same, save
 
 from megatron.checkpoint import open_checkpoint
 from megatron.checkpoint.folder import MANIFEST, RUN
-from megatron.checkpoint.integrity import manifest_bytes, read_manifest
+from megatron.checkpoint.integrity import BLOCK_BYTES, file_checksum, manifest_bytes, read_manifest
 from megatron.checkpoint.json_file import LARGEST
 from megatron.checkpoint.store import Written, open_files
 from megatron.checkpoint.writing import write_bytes
@@ -35,6 +37,13 @@ def two(tmp_path: Path) -> Path:
     for iteration, state in ((100, OLD), (200, NEW)):
         save(tmp_path / "save", iteration, state, ranks=2, tokenizer=tokenizer)
     return tmp_path / "save"
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 5])
+def test_a_checksum_is_of_all_bytes(tmp_path: Path, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    (tmp_path / "x").write_bytes(data)
+    assert file_checksum(tmp_path / "x") == f"{zlib.crc32(data):08x}"
 
 
 def damages(data: bytes) -> Iterator[tuple[str, bytes | None]]:

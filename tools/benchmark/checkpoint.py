@@ -1,7 +1,8 @@
 """What checkpoints cost a training loop, at once and in the background, and their speed beside that of the disk.
 
 A random Llama with Adam is trained on one rank, in fp32. Every way to save is timed in the same process, on the same
-state; so are plain writes and reads of as many bytes. Files are read after the system was asked to forget them.
+state; so are plain writes and reads of as many bytes, in turns, of which medians are shown: memory that the system has
+to fetch for a file can take longer than the disk. Files are read after the system was asked to forget them.
 """
 
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
 from megatron.config import RunConfig, option, parse_command, resolve_run
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from megatron.verification.course import Course
 
 VOCABULARY = 32000
-BLOCK_BYTES = 1 << 24
+BLOCK_BYTES = 1 << 20
+TURNS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +137,26 @@ def read_plainly(path: Path) -> None:
             pass
 
 
+def in_turns(works: dict[str, Callable[[], object]], before: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each; `before` is done first, and takes none of them."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(TURNS):
+        for name, work in works.items():
+            before()
+            taken[name].append(seconds(work))
+    return {name: median(times) for name, times in taken.items()}
+
+
 def forgotten(*files: Path) -> None:
     """Ask the system to drop what it keeps of these files in memory."""
     for path in files:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """All below it."""
+    return sorted(folder.rglob("*.safetensors"))
 
 
 def load(course: "Course", checkpoint: "Checkpoint") -> None:
@@ -161,24 +179,28 @@ def main(argv: list[str]) -> None:
         with training(run_config(options)) as course:
             course.trainer.step()
             kept = saver_of(course, work / "save", in_background=True)
+            at_once = saver_of(course, work / "save", in_background=False)
             loops = {
                 "none": loop(course, None, options.steps),
-                "at once": loop(course, saver_of(course, work / "save", in_background=False), options.steps),
+                "at once": loop(course, at_once, options.steps),
                 "none, memory is taken": loop(course, None, options.steps, kept.prepare),
                 "in the background, first": loop(course, kept, options.steps),
                 "in the background, later": loop(course, kept, options.steps),
             }
+            size = sum(path.stat().st_size for path in tensor_files(work))
+            plain = work / "plain.safetensors"
+            writes: dict[str, Callable[[], object]] = {
+                "plain writes": lambda: write_plainly(plain, size),
+                "saving at once": lambda: at_once(course.trainer.state),
+            }
+            speeds = in_turns(writes, os.sync)
             checkpoint = open_checkpoint(work / "save")
-            files = sorted(checkpoint.folder.rglob("*.safetensors"))
-            size = sum(path.stat().st_size for path in files)
-            speeds = {"plain writes": min(seconds(lambda: write_plainly(work / "plain", size)) for _ in range(2))}
-            speeds["saving at once"] = loops["at once"].whole
-            forgotten(work / "plain")
-            speeds["plain reads"] = seconds(lambda: read_plainly(work / "plain"))
-            forgotten(*files)
-            speeds["comparing checksums"] = seconds(lambda: open_checkpoint(work / "save", reads_all=True))
-            forgotten(*files)
-            speeds["loading"] = seconds(lambda: load(course, checkpoint))
+            reads: dict[str, Callable[[], object]] = {
+                "plain reads": lambda: read_plainly(plain),
+                "comparing checksums": lambda: open_checkpoint(work / "save", reads_all=True),
+                "loading": lambda: load(course, checkpoint),
+            }
+            speeds |= in_turns(reads, lambda: forgotten(*tensor_files(work)))
             parameters = sum(part.local.numel() for part in course.parts)
     finally:
         shutil.rmtree(work)
