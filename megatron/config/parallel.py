@@ -54,3 +54,4 @@ class KernelConfig:
     """Kernels."""
 
     use_flash_attn: bool = option(False, "Use flash-attn where it is installed; the log names the kernel in use.")
+    compile: bool = option(False, "Compile each layer by torch.compile; the first iterations take longer.")

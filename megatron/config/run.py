@@ -52,6 +52,11 @@ class RunConfig:
             raise UsageError(
                 "--use_post_ln and --fp32_residual_connection exclude each other: the residual is the norm's output"
             )
+        if self.kernel.compile and self.model.lima_dropout and self.model.hidden_dropout:
+            raise UsageError(
+                "--compile and --lima_dropout exclude each other: layers that differ in dropout could not share what "
+                "is compiled; leave one of them out"
+            )
         if training.rewind_on_spike and not (self.checkpoint.save_interval and self.checkpoint.save_optim):
             raise UsageError(
                 "--rewind_on_spike goes back to the last checkpoint: give --save and --save_interval, and leave "

@@ -9,25 +9,31 @@ from megatron.config import ModelConfig
 
 
 class Rotary:
-    """Cosines and sines, [t, 1, d] each, in fp32 and, converted once for all layers, in that of the products."""
+    """Cosines and sines, [t, 1, d] each, in fp32 and, converted once for all layers, in that of the products.
+
+    Sines of the first half are negative, as rotation takes them. `angles` [t, d / 2] are those of pairs of channels.
+    """
 
     def __init__(self, angles: Tensor) -> None:
-        self._tables = {torch.float32: (angles.cos(), angles.sin())}
+        cosines, sines = angles[:, None].cos(), angles[:, None].sin()  # [t, 1, d / 2]
+        self._tables = {torch.float32: (torch.cat([cosines, cosines], dim=-1), torch.cat([-sines, sines], dim=-1))}
 
     def tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Both in `dtype`."""
-        if dtype not in self._tables:
-            cosines, sines = self._tables[torch.float32]
-            self._tables[dtype] = cosines.to(dtype), sines.to(dtype)
-        return self._tables[dtype]
+        if dtype in self._tables:
+            return self._tables[dtype]
+        cosines, sines = self._tables[torch.float32]
+        converted = cosines.to(dtype), sines.to(dtype)
+        if not torch.compiler.is_compiling():  # there it is fused, and a layer that keeps it would need its own graph
+            self._tables[dtype] = converted
+        return converted
 
 
 def rotary_tables(positions: Tensor, config: ModelConfig) -> Rotary | None:
     """For `positions` [t]; None for a model that does not rotate."""
     if config.position_embedding_type != "rotary":
         return None
-    angles = positions.float()[:, None] * _frequencies(config, positions.device)
-    return Rotary(torch.cat([angles, angles], dim=-1)[:, None])
+    return Rotary(positions.float()[:, None] * _frequencies(config, positions.device))
 
 
 def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
@@ -36,7 +42,7 @@ def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
         return x
     cosines, sines = rotary.tables(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    return x * cosines + torch.cat([-second, first], dim=-1) * sines
+    return x * cosines + torch.cat([second, first], dim=-1) * sines
 
 
 def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:

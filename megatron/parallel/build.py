@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron.config import ModelConfig, RunConfig
 from megatron.model import Model, Spread, choose_attention_kernel
+from megatron.parallel.compile import check_compiler, compilable, compile_layers
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import Split, key_value_heads, split_of, tensor_ranges, virtual_stages
 from megatron.parallel.plan import chunk as chunk_of_rows
@@ -113,6 +114,10 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> ParallelModel
     assert config.model.num_layers and config.model.hidden_size
     dtype = compute_dtype(config)
     kernel = choose_attention_kernel(mesh.device, dtype, config.kernel.use_flash_attn)
+    granularity = config.recompute.recompute_granularity
+    if config.kernel.compile:
+        kernel = compilable(kernel, granularity)
+        check_compiler(mesh.device)
     chunks, parts = nn.ModuleList(), list[Part]()
     for layers in virtual_stages(config.parallel, config.model.num_layers)[mesh.rank("pp") :: mesh.size("pp")]:
         with torch.device("meta"):
@@ -127,6 +132,8 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> ParallelModel
         chunk.run_layers = recomputing(config.recompute, len(layers))
         shapes = {name: tuple(parameter.shape) for name, parameter in chunk.named_parameters()}
         _cut(chunk, shapes, config.model, mesh)
+        if config.kernel.compile:
+            compile_layers(chunk, granularity)
         _shard_over_data(chunk, dtype, mesh, config.parallel.full_sharding)
         chunk.to_empty(device=mesh.device)
         chunks.append(chunk)

@@ -7,7 +7,7 @@
 | full        | the input of each run of `recompute_num_layers`  | all of it             |
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ def recomputing(recompute: RecomputeConfig, num_layers: int) -> RunLayers:
     if granularity is None:
         return run_layers
     if granularity == "selective":
-        return partial(_run_in_spans, spans=[1] * num_layers, recomputed=num_layers, **_selective())
+        return partial(_run_in_spans, spans=[1] * num_layers, recomputed=num_layers, **SELECTIVE)
     size = recompute.recompute_num_layers
     if recompute.recompute_method == "block":
         return partial(_run_in_spans, spans=[1] * num_layers, recomputed=size)
@@ -63,10 +63,15 @@ def _run_in_spans(
     return x
 
 
-def _selective() -> dict[str, Any]:
-    return {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
-
-
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     kept = operation.name().split(".")[0] in KEPT_OPERATIONS if hasattr(operation, "name") else False
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SELECTIVE: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+"""What makes a checkpoint a selective one."""
+
+
+def selective(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function under a selective checkpoint."""
+    return partial(checkpoint, forward, use_reentrant=False, **SELECTIVE)

@@ -130,12 +130,15 @@ class RowLinear(torch.autograd.Function):
 
 
 class Close(torch.autograd.Function):
-    """Sum of partial results over ranks; backward: every rank gets the gradient of all tokens."""
+    """Sum of partial results over ranks; backward: every rank gets the gradient of all tokens.
+
+    It waits: a compiled layer passes no gradient on to a sum that is still under way (torch 2.13).
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, duals: Duals, x: Tensor) -> Tensor:
         ctx.duals = duals  # type: ignore[attr-defined]
-        return duals.close(x)
+        return collectives.wait_tensor(duals.close(x))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

@@ -246,7 +246,8 @@ def _description(setting: Setting, model: ParallelModel) -> str:
     return "\n".join(
         [
             f"{setting.config.model.model_name}: {parameters:,} parameters, vocabulary {setting.vocab_size:,}, "
-            f"{str(model.compute_dtype).removeprefix('torch.')}, {model.kernel}",
+            f"{str(model.compute_dtype).removeprefix('torch.')}, {model.kernel}"
+            f"{', layers compiled' if setting.config.kernel.compile else ''}",
             f"{mesh}; global batch {setting.batch_size.full} samples",
             *_stages(setting),
             *_samples(setting.splits),

@@ -13,7 +13,7 @@ from megatron.config.run import RUN_GROUPS
 OTHER_DEFAULTS = {"--wandb_entity": "the reference's is its authors' own team"}
 """Flag -> why its default is not the reference's."""
 OURS = {
-    *("--packing", "--drop_long_samples", "--no_calculate_per_token_loss", "--full_sharding"),
+    *("--packing", "--drop_long_samples", "--no_calculate_per_token_loss", "--full_sharding", "--compile"),
     *("--layers_per_pipeline_stage", "--peak_tflops", "--add_qkv_bias", "--qk_layernorm", "--activation"),
     *("--rope_scaling_type", "--rope_low_freq_factor", "--rope_high_freq_factor"),
     "--rope_original_max_position_embeddings",

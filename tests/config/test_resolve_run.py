@@ -101,6 +101,10 @@ def test_a_lost_rotary_setting_is_found() -> None:
             },
             "--use_post_ln and --fp32_residual_connection exclude each other",
         ),
+        (
+            {"compile": True, "lima_dropout": True, "hidden_dropout": 0.1},
+            "--compile and --lima_dropout exclude each other",
+        ),
         ({"save_interval": 3}, "--save_interval needs --save"),
         ({"async_save": True}, "--async_save needs --save"),
         ({"auto_resume": True}, "--auto_resume needs --save"),

@@ -1,5 +1,6 @@
 """The law: training on any layout equals training on one device, in loss, every gradient, gradient norm and weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -147,10 +148,12 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], what: st
         assert difference <= TOLERANCE, f"{what} of {name} differs by {difference:.1e} of its largest element"
 
 
-def assert_law(world: World, size: int, flags: dict[str, Any]) -> None:
+def assert_law(
+    world: World, size: int, flags: dict[str, Any], train: Callable[..., list[dict[str, Any]]] = train_on_mesh
+) -> None:
     config = tiny_config(**flags)
     expected = train_plainly(config, VOCAB_SIZE, training_samples(config), STEPS)
-    ranks = world(size, train_on_mesh, flags, STEPS)
+    ranks = world(size, train, flags, STEPS)
     for step, report in enumerate(expected):
         for rank in ranks:
             assert rank[step]["loss"] == pytest.approx(report.loss, rel=TOLERANCE)
