@@ -1,5 +1,6 @@
-"""Real ranks for tests: pools of processes joined by gloo over a file store, started once per size and kept."""
+"""Real ranks for tests: pools of processes, started once per size and kept, which gloo joins over a file store."""
 
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -70,15 +71,19 @@ class _Pool:
 
 
 def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
+    """Every call gets groups of its own: each group of gloo has a thread that wakes up a hundred times a second."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
-    while True:
+    for number in itertools.count():
         try:
             function, args = pipe.recv()
         except EOFError:
             return
+        dist.init_process_group("gloo", store=dist.FileStore(f"{store}{number}", size), rank=rank, world_size=size)
         try:
-            pipe.send((True, function(*args)))
+            result = function(*args)
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+            return
+        dist.destroy_process_group()
+        pipe.send((True, result))

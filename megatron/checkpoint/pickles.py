@@ -17,6 +17,7 @@ INERT = (
     *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"),
     *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
     *("pathlib.PosixPath", "pathlib._local.PosixPath"),
+    "builtins.getattr",  # by which Python 3.11.0 to 3.11.3 writes a member of an enumeration
 )
 """What Megatron-LLM's files name besides tensors and plain values: arguments, enumerations, random states, paths."""
 
@@ -36,7 +37,7 @@ class Inert:
         self.state = state
 
     def __repr__(self) -> str:
-        return ", ".join(map(str, self.arguments))
+        return ", ".join(str(argument) for argument in self.arguments if argument is not Inert)
 
 
 def read_pickle(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ datasets, samples = np.zeros(size, np.int16), np.zeros(size, np.int64)
 build_blending_indices(datasets, samples, np.array(weights), len(weights), size, False)
 print(json.dumps(np.stack([datasets, samples], 1).tolist()))
 """
-fractions = st.fractions(min_value=Fraction(1, 50), max_value=5, max_denominator=50)
+fractions = st.integers(1, 250).map(lambda parts: Fraction(parts, 50))
 
 
 def largest_error_first(weights: Sequence[Fraction], count: int) -> list[list[int]]:

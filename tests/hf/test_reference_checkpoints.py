@@ -6,10 +6,11 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from foreign_checkpoints import Bomb, assert_same_model, tiny_model, write_reference
+from foreign_checkpoints import Bomb, PositionEmbeddingType, assert_same_model, tiny_model, write_reference
 
 from megatron.checkpoint import open_checkpoint
 from megatron.checkpoint.pickles import Inert, read_pickle
@@ -291,6 +292,16 @@ def test_a_missing_or_truncated_file(tmp_path: Path) -> None:
         (folder / missing / "model_optim_rng.pt").unlink()
     with pytest.raises(ValueError, match=re.escape(f"{folder} has no mp_rank_00/model_optim_rng.pt")):
         open_checkpoint(tmp_path / "reference")
+
+
+def test_members_of_enumerations_are_read_as_any_python_writes_them(tmp_path: Path) -> None:
+    source = tiny_model("llama, grouped-query", tmp_path / "hf")
+    by_name = patch.object(
+        PositionEmbeddingType, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name))
+    )
+    with by_name:
+        write_reference(tmp_path / "reference", source)
+    assert open_checkpoint(tmp_path / "reference").model.position_embedding_type == "rotary"
 
 
 @pytest.mark.parametrize("place", [("bomb",), (*ENCODER, "final_layernorm.weight")])
