@@ -57,6 +57,12 @@ class RunConfig:
                 "--compile and --lima_dropout exclude each other: layers that differ in dropout could not share what "
                 "is compiled; leave one of them out"
             )
+        drops = self.model.hidden_dropout or self.model.attention_dropout
+        if self.kernel.compile and self.recompute.recompute_granularity == "selective" and drops:
+            raise UsageError(
+                "--compile does not go with --recompute_granularity selective and dropout, whose random state no graph "
+                "holds; give --hidden_dropout 0 and --attention_dropout 0, or leave one of them out"
+            )
         if training.rewind_on_spike and not (self.checkpoint.save_interval and self.checkpoint.save_optim):
             raise UsageError(
                 "--rewind_on_spike goes back to the last checkpoint: give --save and --save_interval, and leave "

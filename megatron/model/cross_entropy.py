@@ -79,10 +79,10 @@ class OutputLoss(torch.autograd.Function):
         factors: Tensor,
         supervised: Tensor | None,
     ) -> Tensor:
-        whole = spread.open_hidden(x)
-        x = whole
+        x = spread.open_hidden(x)
+        shape = x.shape
         if supervised is not None:
-            x, labels, factors = (tensor[supervised] for tensor in (whole, labels, factors))
+            x, labels, factors = (tensor[supervised] for tensor in (x, labels, factors))
         parts = chunks(len(x), spread.most_rows(weight))
         total, x_gradient = factors.new_zeros(()), torch.empty_like(x)
         weight_gradient = torch.zeros_like(weight, dtype=weight.dtype if len(parts) == 1 else torch.float32)
@@ -95,7 +95,7 @@ class OutputLoss(torch.autograd.Function):
             _add_product(weight_gradient, logits, x[part])
         del logits
         if supervised is not None:
-            x_gradient = torch.zeros_like(whole).index_copy_(0, supervised, x_gradient)
+            x_gradient = x.new_zeros(shape).index_copy_(0, supervised, x_gradient)
         ctx.save_for_backward(spread.close_hidden(x_gradient), weight_gradient.to(weight.dtype))
         return total
 

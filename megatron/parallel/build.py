@@ -116,7 +116,7 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh) -> ParallelModel
     kernel = choose_attention_kernel(mesh.device, dtype, config.kernel.use_flash_attn)
     granularity = config.recompute.recompute_granularity
     if config.kernel.compile:
-        kernel = compilable(kernel, granularity)
+        kernel = compilable(kernel, config.model.attention_dropout, granularity)
         check_compiler(mesh.device)
     chunks, parts = nn.ModuleList(), list[Part]()
     for layers in virtual_stages(config.parallel, config.model.num_layers)[mesh.rank("pp") :: mesh.size("pp")]:

@@ -29,13 +29,15 @@ def compile_layers(model: Model, recompute_granularity: str | None) -> None:
         layer.forward = torch.compile(selective(layer.forward) if selects else layer.forward)
 
 
-def compilable(kernel: AttentionKernel, recompute_granularity: str | None) -> AttentionKernel:
+def compilable(kernel: AttentionKernel, dropout: float, recompute_granularity: str | None) -> AttentionKernel:
     """The kernel, as compiled layers can call it: one that reads the documents' lengths divides a layer's graph in two.
+
+    With dropout most kernels do.
 
     Raises:
         UsageError: such a kernel under selective recomputation, whose checkpoint has to be in one graph.
     """
-    if kernel is not BY_DOCUMENT:
+    if kernel is not BY_DOCUMENT and not dropout:
         return kernel
     if recompute_granularity == "selective":
         raise UsageError(

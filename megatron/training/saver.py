@@ -58,10 +58,12 @@ class Saver:
     _copies: "Future[dict[str, Tensor]] | None" = None
 
     def prepare(self, model: ParallelModel) -> None:
-        """With `--async_save`, take the memory for copies of the state meanwhile: no checkpoint has to wait for it."""
+        """With `--async_save`, take the memory for copies of the state while training begins, which takes a while."""
+        options = self.config.optimizer
         if self.config.checkpoint.async_save:
-            keys = STATES[self.config.optimizer.optimizer] if self.config.checkpoint.save_optim else ()
-            self._copies = _started(partial(_memory, model, keys), in_background=True)
+            has_state = self.config.checkpoint.save_optim and (options.optimizer != "sgd" or options.sgd_momentum)
+            keys = STATES[options.optimizer] if has_state else ()
+            self._copies = _started(partial(_memory, model, keys), in_background=True, is_awaited=True)
 
     def __call__(self, state: TrainingState) -> None:
         """Write the checkpoint of the present iteration; the one before is finished first."""
@@ -125,7 +127,9 @@ class Saver:
         if options.save_optim:
             files[f"optimizer/rank-{rank:05d}.safetensors"] = optimizer_slices(state.model, state.optimizer)
         if options.async_save:
-            assert self._copies, "not prepared"
+            if not self._copies:
+                self.prepare(state.model)
+            assert self._copies
             copies = self._copies.result()
             files = {name: [_copied(part, copies[part.name]) for part in slices] for name, slices in files.items()}
             synchronize(self.mesh.device)
@@ -166,8 +170,11 @@ def _copied(part: Slice, memory: Tensor) -> Slice:
     return replace(part, read=lambda: copy)
 
 
-def _started(work: Callable[[], R], *, in_background: bool) -> "Future[R]":
-    """Do `work` here, or in a thread, which does not keep a process alive that ends for another reason."""
+def _started(work: Callable[[], R], *, in_background: bool, is_awaited: bool = False) -> "Future[R]":
+    """Do `work` here, or in a thread. A process that ends for another reason does not wait for it, unless `is_awaited`.
+
+    It has to wait where PyTorch works in the thread: the end of the interpreter would be an abort.
+    """
     future: Future[R] = Future()
 
     def run() -> None:
@@ -177,7 +184,7 @@ def _started(work: Callable[[], R], *, in_background: bool) -> "Future[R]":
             future.set_exception(error)
 
     if in_background:
-        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+        threading.Thread(target=run, name="checkpoint", daemon=not is_awaited).start()
     else:
         run()
     return future

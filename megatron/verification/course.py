@@ -148,7 +148,7 @@ class Course:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint, as a run does."""
-        config = replace(self.config, checkpoint=replace(self.config.checkpoint, save=str(folder), async_save=False))
+        config = replace(self.config, checkpoint=replace(self.config.checkpoint, save=str(folder)))
         tokenizer = cast(Tokenizer, NoTokenizer())
         Saver(config, self.mesh, tokenizer, self.vocab_size, _silent)(self.trainer.state)
 

@@ -105,6 +105,10 @@ def test_a_lost_rotary_setting_is_found() -> None:
             {"compile": True, "lima_dropout": True, "hidden_dropout": 0.1},
             "--compile and --lima_dropout exclude each other",
         ),
+        (
+            {"compile": True, "recompute_granularity": "selective", "attention_dropout": 0.1},
+            "--compile does not go with --recompute_granularity selective and dropout",
+        ),
         ({"save_interval": 3}, "--save_interval needs --save"),
         ({"async_save": True}, "--async_save needs --save"),
         ({"auto_resume": True}, "--auto_resume needs --save"),

@@ -43,21 +43,21 @@ def test_compiled_kernels_equal_one_plain_device(world: World) -> None:
     assert_law(world, 1, {}, partial(train_compiled, backend="inductor"))
 
 
-def graphs_of(steps: int) -> int:
-    """How many graphs `steps` batches take, whose rows differ in length."""
+def graphs_of(steps: int, layers: int) -> int:
+    """How many graphs `steps` batches take, whose rows differ in length, in a model of so many layers."""
     graphs: list[GraphModule] = []
 
     def keep(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         graphs.append(graph)
         return graph.forward
 
-    train_compiled({"num_layers": 4}, steps, keep)
+    train_compiled({"num_layers": layers}, steps, keep)
     return len(graphs)
 
 
-def test_the_third_length_of_rows_needs_no_new_graph(world: World) -> None:
-    one, two, five = (world(1, graphs_of, steps)[0] for steps in (1, 2, 5))
-    assert one < two == five
+def test_layers_share_graphs_and_the_third_length_of_rows_needs_no_new_one(world: World) -> None:
+    one, two, five, more_layers = (world(1, graphs_of, *sizes)[0] for sizes in ((1, 2), (2, 2), (5, 2), (2, 4)))
+    assert 0 < one < two == five == more_layers
 
 
 def attend_whole(
@@ -99,7 +99,7 @@ def test_selective_recomputation_is_compiled_with_the_layer() -> None:
 
 def test_selective_recomputation_needs_a_layer_in_one_graph() -> None:
     with pytest.raises(UsageError, match="--compile does not go with --recompute_granularity selective"):
-        compilable(BY_DOCUMENT, SELECTIVE["recompute_granularity"])
+        compilable(BY_DOCUMENT, 0.0, SELECTIVE["recompute_granularity"])
 
 
 def test_where_nothing_can_be_compiled_the_flag_is_named() -> None:

@@ -82,6 +82,23 @@ def test_any_chunks_on_any_ranks_equal_whole_logits(
             torch.testing.assert_close(value.double(), wanted.double(), rtol=1e-5, atol=1e-6)
 
 
+def of_nothing(sequence_parallel: bool) -> list[Tensor]:
+    """Loss and gradients where no token has a loss weight."""
+    spread = spread_of(sequence_parallel)
+    x, weight, labels, factors = inputs()
+    start, length = chunk(VOCAB_SIZE, dist.get_world_size(), dist.get_rank())
+    x, weight = spread.own_tokens(x).clone().requires_grad_(), weight[start : start + length].clone().requires_grad_()
+    loss = output_loss(spread, x, weight, labels, factors * 0, torch.empty(0, dtype=torch.int64))
+    loss.backward()
+    return [loss.detach(), x.grad, weight.grad]
+
+
+@pytest.mark.parametrize(("ranks", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_without_a_supervised_token_there_is_no_gradient(world: World, ranks: int, sequence_parallel: bool) -> None:
+    for found in world(ranks, of_nothing, sequence_parallel):
+        assert all(torch.equal(value, torch.zeros_like(value)) for value in found)
+
+
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**10])
 @pytest.mark.parametrize("in_chunks", [False, True])
 def test_gradients_in_half_precision_are_scaled_before_they_are_rounded(scale: float, in_chunks: bool) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
@@ -90,7 +91,7 @@ def predicted(config: RunConfig, batches: list[MicroBatch], value_bytes: int) ->
                     sequence_parallel=config.parallel.sequence_parallel,
                 )
                 counts += Counter({key: number * count for key, count in found.items()})
-        counts += cross_entropy_collectives(len(batch.tokens), VOCABULARY // tensor)
+        counts += cross_entropy_collectives(int(np.count_nonzero(batch.weights)), VOCABULARY // tensor)
     return counts
 
 
