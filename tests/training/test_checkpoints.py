@@ -60,7 +60,7 @@ class WrittenLast(Future[Any]):
 def finetune_writing_last(argv: list[str]) -> tuple[int, str]:
     """`finetune`, whose checkpoints in the background are written as late as can be."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saver, "_started", lambda work, *, in_background: WrittenLast(work))
+        patch.setattr(saver, "_started", lambda work, **how: WrittenLast(work))
         return finetune(argv)
 
 
@@ -112,7 +112,7 @@ def test_a_checkpoint_in_the_background_is_whole_when_accidents_end_the_run(
     course: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was begun before the last of them, which the run does not outlive."""
-    monkeypatch.setattr(saver, "_started", lambda work, *, in_background: WrittenLast(work))
+    monkeypatch.setattr(saver, "_started", lambda work, **how: WrittenLast(work))
     flags = f"--train_iters 9 --save_interval 2 --async_save --max_consecutive_skips 1 --save {tmp_path}"
     code, output = with_losses(float("nan"), [16], words(course, flags))
     assert (code, "(--max_consecutive_skips)" in output) == (1, True), output
