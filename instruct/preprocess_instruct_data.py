@@ -1,11 +1,18 @@
 """Tokenize instruction data: rows in, the files OUTPUT_PREFIX-text and OUTPUT_PREFIX-role out."""
 
-import signal
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from megatron.config import PreprocessConfig, TokenizerConfig, UsageError, option, parse_command, run_entry
+from megatron.config import (
+    PreprocessConfig,
+    TokenizerConfig,
+    UsageError,
+    interrupt_on_sigterm,
+    option,
+    parse_command,
+    run_entry,
+)
 from megatron.config.option import check_values
 from megatron.data.conversations import build_encoder
 from megatron.data.preprocess import preprocess
@@ -50,8 +57,7 @@ class InstructionOptions:
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    # What a job scheduler sends is an interrupt too: it must not leave half-written files.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_sigterm()
     options, instruction, tokenizer_config = parse_command(
         argv,
         *(PreprocessConfig, InstructionOptions, TokenizerConfig),

@@ -1,10 +1,9 @@
 """Merge tokenized datasets: one behind the other, as if all of their rows had been tokenized at once."""
 
-import signal
 import sys
 from dataclasses import dataclass
 
-from megatron.config import option, parse_command, run_entry
+from megatron.config import interrupt_on_sigterm, option, parse_command, run_entry
 from megatron.data.merge import merge_datasets
 
 
@@ -20,8 +19,7 @@ class MergeOptions:
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    # What a job scheduler sends is an interrupt too: it must not leave half-written files.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_sigterm()
     (options,) = parse_command(argv, MergeOptions, prog="merge_datasets.py", description=__doc__)
     summary = merge_datasets(options.input, options.output_prefix)
     for note in summary.notes():

@@ -1,10 +1,17 @@
 """Tokenize text for pretraining: rows of text in, the files OUTPUT_PREFIX_KEY_document for each key out."""
 
-import signal
 import sys
 from dataclasses import dataclass
 
-from megatron.config import PreprocessConfig, TokenizerConfig, UsageError, option, parse_command, run_entry
+from megatron.config import (
+    PreprocessConfig,
+    TokenizerConfig,
+    UsageError,
+    interrupt_on_sigterm,
+    option,
+    parse_command,
+    run_entry,
+)
 from megatron.config.option import check_values
 from megatron.data.documents import DocumentEncoder
 from megatron.data.preprocess import preprocess
@@ -38,8 +45,7 @@ class DocumentOptions:
 
 def main(argv: list[str]) -> None:
     """Run the command."""
-    # What a job scheduler sends is an interrupt too: it must not leave half-written files.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_sigterm()
     options, documents, tokenizer_config = parse_command(
         argv, PreprocessConfig, DocumentOptions, TokenizerConfig, prog="preprocess_data.py", description=__doc__
     )

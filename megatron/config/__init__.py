@@ -5,7 +5,7 @@
 
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.config.data import DataConfig, TokenizerConfig
-from megatron.config.entry import run_entry
+from megatron.config.entry import interrupt_on_sigterm, run_entry
 from megatron.config.errors import CommonError, PeerError, UsageError
 from megatron.config.families import FAMILIES
 from megatron.config.log import LoggingConfig
@@ -39,6 +39,7 @@ __all__ = [
     "TrainingConfig",
     "UsageError",
     "build",
+    "interrupt_on_sigterm",
     "option",
     "parse_command",
     "parse_flags",

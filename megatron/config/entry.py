@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -37,6 +38,11 @@ def run_entry(main: Callable[[list[str]], None], argv: Sequence[str]) -> int:
             raise
         return _fail(traceback.format_exc().rstrip(), FAILED, error)
     return DONE
+
+
+def interrupt_on_sigterm() -> None:
+    """Take what a job scheduler sends as an interrupt, too: an exception, which leaves no half-written files."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _fail(message: str, code: int, error: BaseException) -> int:

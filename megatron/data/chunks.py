@@ -2,6 +2,7 @@
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -85,7 +86,7 @@ def kind_of(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class JsonLines:
+class JsonLines(ABC):
     """Whole lines of JSON, the first of them line `first`, counting from 1."""
 
     path: str
@@ -106,9 +107,9 @@ class JsonLines:
         for number, line in enumerate(lines, self.first):
             yield number, _parse(line, keys)
 
+    @abstractmethod
     def content(self) -> bytes:
         """The lines, each but perhaps the last with its line feed."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

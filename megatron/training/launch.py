@@ -15,9 +15,6 @@ from megatron.config import RunConfig, TrainingConfig, UsageError
 from megatron.data import DataSplits, GlobalBatches, RowOptions, SampleStream, build_splits
 from megatron.data.packing import least_micro_batches
 from megatron.model import training_flops
-from megatron.optim.groups import build_optimizer
-from megatron.optim.loss_scale import build_loss_scale
-from megatron.optim.schedule import ParameterSchedule
 from megatron.parallel.build import ParallelModel, build_model
 from megatron.parallel.device import peak_tflops, synchronize
 from megatron.parallel.engine import Engine
@@ -153,17 +150,24 @@ def row_options(config: RunConfig, mesh: Mesh, pad_id: int = 0) -> RowOptions:
     )
 
 
-def _batches(setting: Setting, stream: SampleStream, *, prefetching: bool = False) -> GlobalBatches:
-    data, mesh = setting.config.data, setting.mesh
-    assert data.packing
+def global_batches(
+    config: RunConfig, mesh: Mesh, stream: SampleStream, *, pad_id: int = 0, prefetching: bool = False
+) -> GlobalBatches:
+    """The global batches of a run on this layout."""
+    assert config.data.packing
     return GlobalBatches(
         stream=stream,
-        rows=row_options(setting.config, mesh, setting.tokenizer.pad_id or 0),
-        packing=data.packing,
+        rows=row_options(config, mesh, pad_id),
+        packing=config.data.packing,
         data_parallel_rank=mesh.rank("dp"),
         data_parallel_size=mesh.size("dp"),
         prefetching=prefetching,
     )
+
+
+def _batches(setting: Setting, stream: SampleStream, *, prefetching: bool = False) -> GlobalBatches:
+    pad_id = setting.tokenizer.pad_id or 0
+    return global_batches(setting.config, setting.mesh, stream, pad_id=pad_id, prefetching=prefetching)
 
 
 def _evaluator(setting: Setting, engine: Engine) -> Evaluator:
@@ -190,12 +194,7 @@ def _trainer(setting: Setting, model: ParallelModel, engine: Engine, evaluator: 
     config, mesh, say, sizes = setting.config, setting.mesh, setting.say, setting.batch_size
     training, stream = config.training, setting.splits.require("train").blended(config.training.seed)
     peak = config.logging.peak_tflops or peak_tflops(mesh.device, model.compute_dtype)
-    state = TrainingState(
-        model,
-        build_optimizer(model.chunks, config.optimizer),
-        ParameterSchedule(config.optimizer, config.schedule, training, sizes.full),
-        build_loss_scale(config.precision),
-    )
+    state = TrainingState.of(config, model, sizes.full)
     if setting.start.resumes:
         assert setting.checkpoint
         resume(state, setting.checkpoint, config, setting.vocab_size, say)

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from megatron.optim.loss_scale import LossScale
+from megatron.config import RunConfig
+from megatron.optim.groups import build_optimizer
+from megatron.optim.loss_scale import LossScale, build_loss_scale
 from megatron.optim.schedule import ParameterSchedule
 from megatron.parallel.build import ParallelModel
 
@@ -86,3 +88,13 @@ class TrainingState:
     schedule: ParameterSchedule
     loss_scale: LossScale
     progress: Progress = field(default_factory=Progress)
+
+    @classmethod
+    def of(cls, config: RunConfig, model: ParallelModel, global_batch_size: int) -> "TrainingState":
+        """That of a run before its first step; `global_batch_size` is the full one."""
+        return cls(
+            model,
+            build_optimizer(model.chunks, config.optimizer),
+            ParameterSchedule(config.optimizer, config.schedule, config.training, global_batch_size),
+            build_loss_scale(config.precision),
+        )

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from megatron.checkpoint import Checkpoint
 from megatron.config import RunConfig
-from megatron.data import GlobalBatches, MicroBatch, Samples, SampleStream
-from megatron.optim.groups import build_optimizer
-from megatron.optim.loss_scale import build_loss_scale
-from megatron.optim.schedule import ParameterSchedule
+from megatron.data import MicroBatch, Samples, SampleStream
 from megatron.parallel.build import build_model, local_tensor
 from megatron.parallel.engine import BatchLoss, Engine
 from megatron.parallel.mesh import Mesh
@@ -20,7 +17,7 @@ from megatron.tokenizer import Tokenizer
 from megatron.training.accidents import Accidents
 from megatron.training.batch_size import BatchSize
 from megatron.training.evaluate import Evaluator
-from megatron.training.launch import row_options
+from megatron.training.launch import global_batches
 from megatron.training.metrics import Meter
 from megatron.training.persistence import fill_model, resume
 from megatron.training.place import Place
@@ -90,12 +87,7 @@ class Course:
         self.model = build_model(config, vocab_size, mesh)
         self.parts = self.model.parts
         fill_model(self.model, config, checkpoint, vocab_size, mesh, _silent)
-        state = TrainingState(
-            self.model,
-            build_optimizer(self.model.chunks, config.optimizer),
-            ParameterSchedule(config.optimizer, config.schedule, training, size),
-            build_loss_scale(config.precision),
-        )
+        state = TrainingState.of(config, self.model, size)
         if checkpoint:
             resume(state, checkpoint, config, vocab_size, _silent)
         self.engine = RecordingEngine(self.model, mesh, seed=training.seed, per_token=training.calculate_per_token_loss)
@@ -105,7 +97,7 @@ class Course:
             mesh=mesh,
             state=state,
             engine=self.engine,
-            batches=_batches(config, samples, mesh),
+            batches=global_batches(config, mesh, SampleStream([samples], seed=training.seed, shuffled=True)),
             evaluator=Evaluator(
                 engine=self.engine,
                 batches={},
@@ -151,17 +143,6 @@ class Course:
         config = replace(self.config, checkpoint=replace(self.config.checkpoint, save=str(folder)))
         tokenizer = cast(Tokenizer, NoTokenizer())
         Saver(config, self.mesh, tokenizer, self.vocab_size, _silent)(self.trainer.state)
-
-
-def _batches(config: RunConfig, samples: Samples, mesh: Mesh) -> GlobalBatches:
-    assert config.data.packing
-    return GlobalBatches(
-        stream=SampleStream([samples], seed=config.training.seed, shuffled=True),
-        rows=row_options(config, mesh),
-        packing=config.data.packing,
-        data_parallel_rank=mesh.rank("dp"),
-        data_parallel_size=mesh.size("dp"),
-    )
 
 
 def _silent(message: str) -> None:

@@ -16,6 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
 from megatron.config import RunConfig, option, parse_command, resolve_run
+from tools.benchmark.random_llama import VOCABULARY, run_options
 from tools.benchmark.report import ReportOptions, Table, report
 from tools.benchmark.timing import seconds
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from megatron.training.saver import Saver
     from megatron.verification.course import Course
 
-VOCABULARY = 32000
 BLOCK_BYTES = 1 << 20
 TURNS = 3
 
@@ -58,24 +58,7 @@ class Loop:
 
 def run_config(options: BenchmarkOptions) -> RunConfig:
     """A run of a Llama of that size."""
-    heads = options.hidden_size // 64
-    sizes = {"num_layers": options.num_layers, "hidden_size": options.hidden_size, "num_attention_heads": heads}
-    return resolve_run(
-        {
-            **sizes,
-            "model_name": "llama2",
-            "ffn_hidden_size": options.hidden_size * 11 // 4,
-            "max_position_embeddings": options.seq_length,
-            "tie_embed_logits": False,
-            "data_type": "instruction",
-            "tokenizer_type": "SentencePieceTokenizer",
-            "micro_batch_size": 1,
-            "global_batch_size": 1,
-            "train_iters": 1000,
-            "lr": 1e-5,
-            "lr_decay_style": "constant",
-        }
-    )
+    return resolve_run(run_options(options.num_layers, options.hidden_size, options.seq_length))
 
 
 @contextmanager

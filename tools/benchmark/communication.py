@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config import option, parse_command
+from tools.benchmark.random_llama import run_options
 from tools.benchmark.report import ReportOptions, Table, report
 from tools.benchmark.timing import timed
 
@@ -37,24 +38,13 @@ class CommunicationOptions:
     bf16: bool = option(False, "Products in bf16 instead of fp32.")
 
 
-def run_options(options: CommunicationOptions, layout: dict[str, Any]) -> dict[str, Any]:
-    """Those of a run of a Llama of that size."""
+def layout_options(options: CommunicationOptions, layout: dict[str, Any]) -> dict[str, Any]:
+    """Those of the run on a layout."""
     return {
-        "model_name": "llama2",
-        "num_layers": options.num_layers,
-        "hidden_size": options.hidden_size,
-        "num_attention_heads": max(options.hidden_size // 64, 2),
-        "ffn_hidden_size": options.hidden_size * 11 // 4,
-        "max_position_embeddings": options.seq_length,
-        "tie_embed_logits": False,
-        "data_type": "instruction",
+        **run_options(options.num_layers, options.hidden_size, options.seq_length),
         "variable_seq_lengths": True,
-        "tokenizer_type": "SentencePieceTokenizer",
         "micro_batch_size": 2,
         "global_batch_size": 8,
-        "train_iters": 1000,
-        "lr": 1e-5,
-        "lr_decay_style": "constant",
         "distributed_backend": "gloo",
         "bf16": options.bf16,
         **layout,
@@ -64,7 +54,7 @@ def run_options(options: CommunicationOptions, layout: dict[str, Any]) -> dict[s
 def measured(options: CommunicationOptions, layout: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the ranks found on a layout."""
     job, figures = folder / "job.json", folder / "figures.json"
-    job.write_text(json.dumps({"run": run_options(options, layout), "steps": options.steps}))
+    job.write_text(json.dumps({"run": layout_options(options, layout), "steps": options.steps}))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
     rank = ["-m", "tools.benchmark.communication_rank", str(job), str(figures)]
     timed([sys.executable, *launcher, *rank], threads=1)

@@ -26,9 +26,9 @@ from megatron.parallel.engine import Engine
 from megatron.parallel.mesh import Mesh, leaves_no_group, open_mesh, plan_layout, world_size_of
 from megatron.verification.course import Course
 from megatron.verification.yardstick import RandomSamples
+from tools.benchmark.random_llama import VOCABULARY
 from tools.benchmark.timing import seconds
 
-VOCABULARY = 32000
 REPEATS = 5
 FUNCTIONAL = {
     "_c10d_functional::all_reduce": "all_reduce",

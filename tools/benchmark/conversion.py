@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from megatron.config import ModelConfig, option, parse_command
+from megatron.config import ModelConfig, option, parse_command, resolve_run
+from tools.benchmark.random_llama import VOCABULARY, run_options
 from tools.benchmark.report import ROOT, ReportOptions, Table, report
 
-VOCABULARY = 32000
+SEQ_LENGTH = 2048
 TURNS = 3
 
 
@@ -30,7 +31,7 @@ class BenchmarkOptions:
     folder: str | None = option(None, "Where there is room for five copies; by default the temporary folder.")
 
 
-def make_model(folder: Path, options: BenchmarkOptions) -> None:
+def make_model(folder: Path, model: ModelConfig) -> None:
     """A Hugging Face folder with random weights, written tensor by tensor."""
     import json
 
@@ -40,20 +41,6 @@ def make_model(folder: Path, options: BenchmarkOptions) -> None:
     from megatron.hf.config import hf_config
     from megatron.hf.rows import parameter_shapes, to_hf
 
-    model = ModelConfig(
-        model_name="llama2",
-        num_layers=options.num_layers,
-        hidden_size=options.hidden_size,
-        ffn_hidden_size=options.hidden_size * 11 // 4,
-        num_attention_heads=options.hidden_size // 64,
-        num_attention_heads_kv=options.hidden_size // 64,
-        kv_channels=64,
-        max_position_embeddings=2048,
-        use_rms_norm=True,
-        glu_activation="swiglu",
-        position_embedding_type="rotary",
-        tie_embed_logits=False,
-    )
     folder.mkdir()
     shapes = parameter_shapes(model, VOCABULARY)
     entries = [Entry(to_hf(name), torch.bfloat16, shape) for name, shape in shapes.items()]
@@ -95,11 +82,12 @@ def main(argv: list[str]) -> None:
     """Make the model, run everything in turns, print the table."""
     description = (__doc__ or "").splitlines()[0]
     options, output = parse_command(argv, BenchmarkOptions, ReportOptions, prog="conversion", description=description)
+    model = resolve_run(run_options(options.num_layers, options.hidden_size, SEQ_LENGTH)).model
     work = Path(tempfile.mkdtemp(dir=options.folder))
     steps = commands(work)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     try:
-        make_model(work / "hf", options)
+        make_model(work / "hf", model)
         size = (work / "hf" / "model.safetensors").stat().st_size
         for _ in range(TURNS):
             for name, command in steps.items():

@@ -10,7 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tools.benchmark import checkpoint as saving
-from tools.benchmark import conversion
+from tools.benchmark.conversion import make_model
+from tools.benchmark.random_llama import VOCABULARY
 from tools.benchmark.report import Table
 
 LOADED = {"weights in fp32": 4}
@@ -51,17 +52,16 @@ def memory_of_a_run(num_layers: int, hidden_size: int) -> Table:
 
     config = saving.run_config(saving.BenchmarkOptions(num_layers=num_layers, hidden_size=hidden_size))
     config = replace(config, precision=replace(config.precision, bf16=True))
-    parameters = sum(map(math.prod, parameter_shapes(config.model, saving.VOCABULARY).values()))
+    parameters = sum(map(math.prod, parameter_shapes(config.model, VOCABULARY).values()))
     with TemporaryDirectory() as work:
         folder = Path(work)
-        size = conversion.BenchmarkOptions(num_layers=num_layers, hidden_size=hidden_size)
         with ProcessPoolExecutor(1, get_context("spawn")) as other:  # it leaves no memory here
-            other.submit(conversion.make_model, folder / "hf", size).result()
+            other.submit(make_model, folder / "hf", config.model).result()
         stages = Stages(parameters)
         with saving.training(config) as course:
             stages.add("build the model", lambda: None, LOADED)
             weights = open_checkpoint(folder / "hf")
-            arguments = (config, weights, saving.VOCABULARY, course.mesh, lambda message: None)
+            arguments = (config, weights, VOCABULARY, course.mesh, lambda message: None)
             stages.add("load its weights", lambda: fill_model(course.model, *arguments), LOADED)
             stages.add("first step", course.trainer.step, TRAINING)
             stages.add("second step", course.trainer.step, TRAINING)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from megatron.parallel.device import synchronize
 from tools.benchmark.train_job import IGNORED, Job, Row, Step
 
 T = TypeVar("T")
@@ -293,8 +294,7 @@ def padded(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 def synchronized(job: Job) -> float:
     """The time when everything asked for so far is done."""
-    if job.device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(torch.device(job.device))
     return time.perf_counter()
 
 
